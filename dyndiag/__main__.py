@@ -1,0 +1,7 @@
+"""`python -m dyndiag`: the command line."""
+
+import sys
+
+from dyndiag.cli import main
+
+sys.exit(main())

@@ -1,0 +1,72 @@
+"""The one place where dyndiag catches everything, so that nothing of its own stops a training."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+_PACKAGE = str(Path(__file__).parent)
+
+
+def _outside() -> int:
+    """Stack level of the user's own line, for a warning raised in the calling function."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+        frame, level = frame.f_back, level + 1
+    return level
+
+
+class DyndiagWarning(UserWarning):
+    """Something could not be measured or kept; the training goes on."""
+
+
+class Boundary:
+    """Catches what a named part raises, tells it once, counts it."""
+
+    def __init__(self) -> None:
+        self.step = 0
+        self.notices: list[dict[str, Any]] = []
+        """What was told: step, source, text; for the run's metadata."""
+        self._failures: Counter[str] = Counter()
+        self._fresh: list[str] = []
+        self._told: set[tuple[str, str]] = set()
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self._failures[name] += 1
+            self._fresh.append(name)
+            if self._failures[name] == 1:
+                self.tell(
+                    name,
+                    f"{name} failed at step {self.step}: {str(error) or type(error).__name__}. "
+                    "Training goes on; the values it would have given are missing.",
+                )
+
+    def tell(self, source: str, text: str) -> None:
+        """Warn the user, once for each source and text, and keep it for the report."""
+        if (source, text) in self._told:
+            return
+        self._told.add((source, text))
+        self.note(source, text)
+        try:
+            warnings.warn(f"dyndiag: {text}", DyndiagWarning, stacklevel=_outside())
+        except DyndiagWarning:  # with -W error a warning would stop the training
+            print(f"dyndiag: {text}", file=sys.stderr)
+
+    def note(self, source: str, text: str) -> None:
+        """Keep a sentence for the report without a warning."""
+        self.notices.append({"step": self.step, "source": source, "text": text})
+
+    def failed(self) -> list[str]:
+        """Names of the parts that failed since the last call."""
+        fresh, self._fresh = self._fresh, []
+        return fresh

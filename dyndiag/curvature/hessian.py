@@ -1,0 +1,267 @@
+"""The Hessian of a training loss as an operator, by double backward."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial, reduce
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import torch
+from torch import Generator, Tensor, nn
+from torch.utils.data import DataLoader
+
+from dyndiag.curvature.operator import Operator
+from dyndiag.errors import DyndiagError
+from dyndiag.guard import no_trace
+
+Model = TypeVar("Model", bound=nn.Module)
+
+_SEED = 0
+"""Of the random streams inside every forward pass: one dropout mask for all products."""
+
+
+@dataclass(frozen=True)
+class LossHessian(Operator):
+    """The Hessian of a loss, with the loss and gradient that came with it for nothing."""
+
+    loss: float
+    gradient: Tensor
+    """(size,), in `dtype`, on `device`: where batch sharpness gᵀHg/gᵀg finds its g."""
+
+
+def loss_hessian(loss: Callable[[], Tensor], parameters: Sequence[Tensor]) -> LossHessian:
+    """Hessian of `loss()` over those of `parameters` that require gradients, in their order.
+
+    Calls `loss` once and keeps the graph of its gradient, so that a product costs one backward pass
+    through it (1.1 to 2.4 gradients) and always sees the same random masks. A parameter that the
+    loss does not use has zero rows. Vectors are float32, or float64 if a parameter is; weights of
+    16 bits keep their own precision inside the product, which then limits what can converge.
+
+    What the call of `loss` changes (buffers, random streams) stays changed: put `guard.no_trace`
+    around it where that matters. The graph belongs to the weights it was built at: build it again
+    after a step, an in-place change raises.
+    """
+    parameters = [p for p in parameters if p.requires_grad]
+    if not parameters:
+        raise DyndiagError(
+            "none of the parameters requires a gradient, so there is no Hessian: unfreeze the "
+            "parameters that you train before measuring"
+        )
+    with _plain_backward(parameters):
+        value = _one_number(loss())
+        gradient = torch.autograd.grad(value, parameters, create_graph=True, allow_unused=True)
+    if all(part is None for part in gradient):
+        raise DyndiagError(
+            "the loss depends on none of the trainable parameters: compute it with the model "
+            "whose Hessian you ask for"
+        )
+    built_at = [p._version for p in parameters]
+    sizes = [p.numel() for p in parameters]
+    dtype = _vector_dtype(parameters)
+    curved = [i for i, part in enumerate(gradient) if part is not None and part.requires_grad]
+    outputs = [gradient[i] for i in curved]
+
+    def product(v: Tensor) -> Tensor:
+        if [p._version for p in parameters] != built_at:
+            raise DyndiagError(
+                "the parameters have changed since this Hessian was built: build it again at the "
+                "new weights"
+            )
+        if not outputs:  # the loss is linear in every parameter
+            return torch.zeros_like(v)
+        parts = torch.split(v, sizes)
+        directions = [parts[i].view(parameters[i].shape).to(parameters[i]) for i in curved]
+        with _plain_backward(parameters):
+            images = torch.autograd.grad(
+                outputs, parameters, directions, retain_graph=True, allow_unused=True
+            )
+        return _flat(images, parameters, dtype)
+
+    return LossHessian(
+        product=product,
+        size=sum(sizes),
+        dtype=dtype,
+        device=parameters[0].device,
+        loss=value.item(),
+        gradient=_flat(gradient, parameters, dtype),
+    )
+
+
+def hessian(
+    model: Model,
+    loss_fn: Callable[[Model, Any], Tensor],
+    data: Any,
+    *,
+    reduction: Literal["mean", "sum"] = "mean",
+    size: Callable[[Any], int] | None = None,
+) -> LossHessian:
+    """Hessian of `loss_fn(model, batch)` over the model's trainable parameters, in its own order.
+
+    `data`: one batch, or a torch `DataLoader`, which alone means several. Each batch weighs by its
+    number of examples, the length of its first tensor or `size(batch)`, so that any cut of the data
+    gives the same operator; with `reduction="sum"` the losses add up. The loader is read once, and
+    its batches are kept: it may shuffle.
+
+    The model stays in its mode. In train mode all products see the same dropout masks, drawn from a
+    fixed seed, and BatchNorm couples the examples of a batch. Neither building nor multiplying
+    leaves a trace in model, gradients or random streams.
+
+    Cost: a product takes one backward pass through a kept graph (1.1 to 2.4 gradients), or, with
+    several batches, a forward and two backward passes through each, at the weights and in the mode
+    of the moment.
+    """
+    parameters = list(model.parameters())
+    batches = _read_once(model, data)
+    weights = _weights(batches, reduction, size)
+
+    def parts() -> Iterator[tuple[float, LossHessian]]:
+        _fix_random_streams()
+        for weight, batch in zip(weights, batches, strict=True):
+            yield weight, loss_hessian(partial(loss_fn, model, batch), parameters)
+
+    with no_trace(model):
+        kept = list(parts()) if len(batches) == 1 else None
+        loss, gradient = 0.0, torch.zeros(())
+        for weight, part in kept or parts():
+            loss += weight * part.loss
+            gradient = gradient + weight * part.gradient
+    # A checkpointed layer runs its forward pass again in every backward pass, which in train mode
+    # may count in its buffers.
+    runs_forward = kept is None or any(module.training for module in model.modules())
+
+    def product(v: Tensor) -> Tensor:
+        image = torch.zeros(())
+        with no_trace(model) if runs_forward else nullcontext():
+            for weight, part in kept or parts():
+                image = image + weight * part.product(v)
+        return image
+
+    return LossHessian(product, part.size, part.dtype, part.device, loss, gradient)
+
+
+def _one_number(loss: Any) -> Tensor:
+    if not isinstance(loss, Tensor):
+        raise DyndiagError(
+            f"the loss must be a tensor that holds one number, but it is a {type(loss).__name__}: "
+            "return it before .item(), or the .loss of a model's output"
+        )
+    if loss.numel() != 1:
+        raise DyndiagError(
+            f"the loss must be one number, but it has shape {tuple(loss.shape)}: "
+            "reduce it as your training loop does, for example with .mean()"
+        )
+    if not loss.requires_grad:
+        raise DyndiagError(
+            "the loss has no graph back to the parameters: compute it from the model's output, "
+            "without no_grad() or .detach()"
+        )
+    if not math.isfinite(loss.item()):
+        raise DyndiagError(
+            f"the loss must be finite to have curvature, but it is {loss.item()}: look at the "
+            "batch and the weights first"
+        )
+    return loss.reshape(())
+
+
+def _vector_dtype(parameters: Sequence[Tensor]) -> torch.dtype:
+    return reduce(torch.promote_types, (p.dtype for p in parameters), torch.float32)
+
+
+def _flat(
+    parts: Sequence[Tensor | None], parameters: Sequence[Tensor], dtype: torch.dtype
+) -> Tensor:
+    """One vector of all parts, in the parameters' order; zeros where a part is missing."""
+    device = parameters[0].device
+    return torch.cat(
+        [
+            torch.zeros(p.numel(), dtype=dtype, device=device)
+            if part is None
+            else part.detach().to_dense().reshape(-1).to(device=device, dtype=dtype)
+            for part, p in zip(parts, parameters, strict=True)
+        ]
+    )
+
+
+@contextmanager
+def _plain_backward(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Derivatives as they are: gradients on, no autocast, and the user's tensor hooks silent."""
+    hooks = [table for p in parameters if (table := p._backward_hooks)]
+    before = [dict(table) for table in hooks]
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        for device in {"cpu", parameters[0].device.type}:
+            stack.enter_context(torch.autocast(device, enabled=False))
+        for table in hooks:
+            table.clear()
+        try:
+            yield
+        finally:
+            for table, entries in zip(hooks, before, strict=True):
+                table.update(entries)
+
+
+def _read_once(model: nn.Module, data: Any) -> list[Any]:
+    """The batches of a loader, whose own random generators stay where they were."""
+    if not isinstance(data, DataLoader):
+        return [data]
+    owners = (data, data.sampler, data.batch_sampler, getattr(data.batch_sampler, "sampler", None))
+    generators = [g for o in owners if isinstance(g := getattr(o, "generator", None), Generator)]
+    states = [g.get_state() for g in generators]
+    try:
+        with no_trace(model):
+            batches = list(data)
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+    if not batches:
+        raise DyndiagError(
+            "the DataLoader holds no batch: with drop_last=True it takes at least one full batch"
+        )
+    return batches
+
+
+def _weights(
+    batches: Sequence[Any], reduction: str, size: Callable[[Any], int] | None
+) -> list[float]:
+    if reduction not in ("mean", "sum"):
+        raise DyndiagError(f"reduction must be 'mean' or 'sum', not {reduction!r}")
+    if reduction == "sum" or len(batches) == 1:
+        return [1.0] * len(batches)
+    sizes = [(size or _length)(batch) for batch in batches]
+    return [n / sum(sizes) for n in sizes]
+
+
+def _length(batch: Any) -> int:
+    tensor = next(_tensors(batch), None)
+    if tensor is None or tensor.dim() == 0:
+        raise DyndiagError(
+            f"a batch of type {type(batch).__name__} does not show how many examples it holds: "
+            "pass size=, a function from a batch to that number"
+        )
+    return len(tensor)
+
+
+def _tensors(batch: Any) -> Iterator[Tensor]:
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, Mapping):
+        yield from _tensors(list(batch.values()))
+    elif isinstance(batch, list | tuple):
+        for item in batch:
+            yield from _tensors(item)
+
+
+def _fix_random_streams() -> None:
+    random.seed(_SEED)
+    np.random.seed(_SEED)
+    torch.default_generator.manual_seed(_SEED)
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.manual_seed_all(_SEED)
+    if torch.backends.mps.is_available():
+        torch.mps.manual_seed(_SEED)

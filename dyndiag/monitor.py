@@ -1,0 +1,259 @@
+"""The order in which things happen, and nothing else."""
+
+from __future__ import annotations
+
+import atexit
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dyndiag.batches import (
+    Batch,
+    LossFunction,
+    as_micro_batches,
+    check_scalar_loss,
+    copy_batch,
+    own_loss,
+)
+from dyndiag.boundary import Boundary
+from dyndiag.door import check_arguments, trainable
+from dyndiag.facts import describe_batch, facts, now
+from dyndiag.keeping import Keeper
+from dyndiag.probes import Step, StepWatch, sampled_probes
+from dyndiag.rows import Rows
+from dyndiag.sampling import Sampler
+from dyndiag.state import Task, TrainState
+from dyndiag.values import Event
+
+_FLUSH_SECONDS = 1.0
+
+
+class Monitor:
+    """Rides along a training run: measures, keeps, judges, shows; changes nothing.
+
+    Parameters
+    ----------
+    model, optimizer
+        As trained. The parameters that are trainable now are watched.
+    loss_fn
+        `loss_fn(model, batch) -> scalar tensor`, the mean over the batch, with its graph.
+        Without one the output's own `.loss` is used; where there is none, no curvature.
+    run
+        Folder of the run. The same folder again goes on after its last row.
+    probe_batch
+        What curvature and predictions are measured on, fixed; default: the first batch seen.
+    budget
+        Share of training time for what needs passes of its own (2 s, if that is more).
+    first_step
+        Number of the first step; rows of the folder from there on are replaced.
+    on_event
+        Called with each Event as it opens, peaks and closes, at the flush.
+    tensorboard
+        Whether to write `run/tensorboard`.
+
+    Raises DyndiagError for arguments that cannot work, before anything is touched. Afterwards
+    nothing is raised: what fails is told once, and missing from the run.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        loss_fn: LossFunction | None = None,
+        *,
+        run: str | Path,
+        probe_batch: Batch = None,
+        budget: float = 0.05,
+        first_step: int | None = None,
+        on_event: Callable[[Event], object] | None = None,
+        tensorboard: bool = True,
+    ) -> None:
+        check_arguments(model, optimizer, loss_fn, probe_batch, budget)
+        self._model, self._optimizer, self._loss_fn = model, optimizer, loss_fn
+        self._names, self._parameters = trainable(model)
+        self._probe = None if probe_batch is None else copy_batch(as_micro_batches(probe_batch))
+        self._boundary = Boundary()
+        self._keeper = Keeper(Path(run), first_step, self._boundary, on_event, tensorboard)
+        self._first = self._next = self._keeper.next_step
+        self._rows = Rows()
+        self._continual, probes = sampled_probes(budget)
+        self._sampler = Sampler(probes, model, optimizer, self._boundary)
+        self._task_starts: dict[str, int] = {}
+        self._user_steps = self._closed = False
+        self._flushed = time.perf_counter()
+        self._watch = StepWatch(
+            model, optimizer, self._names, self._parameters, self._boundary, self._training_goes_on
+        )
+        self._watch.step = self._next
+        if not self._parameters:
+            self._boundary.tell(
+                "Monitor",
+                "the model has no trainable parameter (all are frozen), so only the loss is kept; "
+                "unfreeze what is to be watched before the monitor is made",
+            )
+        self._keeper.keep(
+            [],
+            facts(model, optimizer, loss_fn)
+            | {"budget": budget, "detectors": self._keeper.detector_parameters, "finished": None}
+            | self._progress(),
+        )
+        self._at_exit = partial(_close, weakref.ref(self))
+        atexit.register(self._at_exit)
+
+    def step(self, loss: Tensor | float | None = None, batch: Batch = None) -> None:
+        """One optimizer step has been taken, or skipped: call it after `optimizer.step()`.
+
+        `loss`: the step's loss; `batch`: what it was taken on, as `loss_fn` takes it (several
+        micro-batches as `dyndiag.batches.MicroBatches`). Both may be left out.
+        """
+        taken = self._watch.take()
+        if taken is None and not self._user_steps and self._next > self._first:
+            self._keep_loss(self._next - 1, loss)  # a second forward had ended the first step
+        else:
+            self._finish(taken or Step(seen={"train/skipped": 1.0}), loss, batch)
+        self._user_steps = True
+
+    def start_task(self, name: str, eval_batches: Sequence[Batch]) -> None:
+        """From the next step on the training is on task `name` (continual learning).
+
+        `eval_batches`: the batches on which the task's accuracy is measured from now on.
+        Raises DyndiagError for a name used before, and for evaluation batches that are empty.
+        """
+        self._training_goes_on(optimizer_steps=True)
+        self._continual.start(Task(name, list(eval_batches)), self._next)
+        self._task_starts[name] = self._next
+        last = self._next - 1
+        if last >= self._first:  # what the switch is judged by: the accuracies just before it
+            state = self._state(last, Step(), None)
+            self._sampler.measure(
+                self._continual, state, lambda seen: self._rows.add(last, seen)
+            )
+            self._rows.add(last, {"continual/task": float(len(self._task_starts) - 2)})
+
+    def flush(self) -> bool:
+        """Judge, keep and show everything measured so far; True if all of it is on disk now."""
+        self._flushed = time.perf_counter()
+        return self._keeper.keep(self._rows.to_host(), self._progress()) == 0
+
+    def close(self) -> None:
+        """Flush, let go of model and optimizer, close the run. Calling it twice is allowed."""
+        if self._closed:
+            return
+        self._closed = True
+        atexit.unregister(self._at_exit)
+        self._training_goes_on(optimizer_steps=True)
+        self._watch.detach()
+        metadata = self._progress() | {"finished": now()}
+        missing = self._keeper.keep(self._rows.to_host(), metadata)
+        if missing:
+            self._boundary.tell("Store", f"the last {missing} steps could not be written")
+        self._keeper.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is not None:
+            self._boundary.note("training", f"it ended with {type(error).__name__}: {error}")
+        self.close()
+
+    def _training_goes_on(self, optimizer_steps: bool) -> None:
+        # Where nobody calls `step`, a step is over when the next forward or step begins.
+        if self._watch.pending and (optimizer_steps or not self._user_steps):
+            taken = self._watch.take()
+            assert taken is not None
+            self._finish(taken, None, None)
+
+    def _finish(self, taken: Step, loss: Tensor | float | None, batch: Batch) -> None:
+        step, self._next = self._next, self._next + 1
+        self._boundary.step = step
+        self._watch.paused = True
+        with self._boundary("Monitor"):
+            self._rows.add(step, taken.seen | _rates(taken.learning_rates))
+            self._keep_loss(step, taken.loss if loss is None else loss)
+            state = self._state(step, taken, batch)
+            self._rows.add(step, self._watch.update_ratio(state))
+            self._sampler.measure_due(state, lambda seen: self._rows.add(step, seen))
+            self._rows.add(step, {f"failures/{name}": 1.0 for name in self._boundary.failed()})
+        self._watch.paused = False
+        self._watch.step = self._next
+        if time.perf_counter() - self._flushed > _FLUSH_SECONDS:
+            self.flush()
+
+    def _keep_loss(self, step: int, loss: Tensor | float | None) -> None:
+        if loss is not None:
+            with self._boundary("train/loss"):
+                if isinstance(loss, Tensor):
+                    check_scalar_loss(loss)
+                    loss = loss.detach().reshape(())
+                self._rows.add(step, {"train/loss": loss})
+
+    def _state(self, step: int, taken: Step, batch: Batch) -> TrainState:
+        loss_fn: LossFunction | None = self._loss_fn
+        training = None if batch is None else as_micro_batches(batch)
+        if loss_fn is None:
+            training = taken.batch or training
+            loss_fn = own_loss if taken.batch is None or taken.loss is not None else None
+        if self._probe is None and training is not None:
+            self._probe = copy_batch(training)
+        if loss_fn is None or self._probe is None:
+            self._boundary.tell("Monitor", _no_curvature(loss_fn))
+        return TrainState(
+            step=step,
+            model=self._model,
+            optimizer=self._optimizer,
+            parameters=self._parameters,
+            names=self._names,
+            loss_fn=loss_fn,
+            probe=self._probe,
+            batch=training,
+            learning_rates=taken.learning_rates,
+            weights_before=taken.weights_before,
+        )
+
+    def _progress(self) -> dict[str, Any]:
+        return {
+            "cost": self._sampler.cost,
+            "training_seconds": self._sampler.training_seconds,
+            "notices": self._boundary.notices,
+            "tasks": list(self._task_starts),
+            "task_starts": self._task_starts,
+            "probe_batch": None if self._probe is None else describe_batch(self._probe),
+        }
+
+
+def _close(alive: weakref.ref[Monitor]) -> None:
+    monitor = alive()
+    if monitor is not None:
+        monitor.close()
+
+
+def _rates(rates: tuple[float, ...]) -> dict[str | tuple[str, ...], Any]:
+    if not rates:
+        return {}
+    several = {f"train/learning_rate/{i}": rate for i, rate in enumerate(rates)}
+    return {"train/learning_rate": rates[0]} | (several if len(set(rates)) > 1 else {})
+
+
+def _no_curvature(loss_fn: LossFunction | None) -> str:
+    if loss_fn is None:
+        return (
+            "no loss_fn was given and the model's output has no .loss, so there is no curvature: "
+            "pass loss_fn(model, batch) -> scalar"
+        )
+    return (
+        "no batch to measure on, so there is no curvature and there are no predictions: pass "
+        "probe_batch=… to the monitor or batch=… to monitor.step"
+    )

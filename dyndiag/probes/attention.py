@@ -1,0 +1,300 @@
+"""The largest attention logit, read off the training's own forward passes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
+
+from dyndiag.batches import ForwardCall
+from dyndiag.probes.forward import Boundary, Hook, is_compiled
+from dyndiag.schedule import Every
+from dyndiag.state import Measurements
+
+_TRACES = 16
+"""Forwards that are followed in search of attention before the search is given up."""
+_TILE = 2**22
+"""Scores held at a time, at most, unless one query row is longer."""
+
+
+class AttentionLogits:
+    """`attention/logit_max_sampled/<module>` at every step, `attention/logit_max/<module>` at
+    every 11th.
+
+    z = scale · ⟨q, k⟩ + bias, after rotary embedding and query–key norms, over unmasked pairs
+    and all heads, signed. The sampled series takes the first eighth of the sequences (at least
+    one): exact for those, a lower bound for the batch. Found without changing the model, in
+    `scaled_dot_product_attention`, in `nn.MultiheadAttention`, and in a softmax over scores of
+    shape (…, queries, keys). Not seen: kernels of other packages, compiled modules.
+
+    Cost: the first forward is followed to find the modules; after that one product q kᵀ of the
+    sequences taken, in tiles (a read, where the model holds the scores). No host sync.
+    """
+
+    def __init__(self, model: nn.Module, boundary: Boundary = nullcontext) -> None:
+        self._boundary = boundary
+        self._names = {module: name or "model" for name, module in model.named_modules()}
+        self._full_due = Every(11)
+        self._full = False
+        self._live = False
+        self._found: dict[nn.Module, list[RemovableHandle]] = {}
+        compiled = any(is_compiled(module) for module in model.modules())
+        self._traces_left = 0 if compiled else _TRACES
+        self._tracing: list[Any] = []
+        self._stack: list[nn.Module] = []
+        self._modes: list[_Intercept] = []
+        self._seen: dict[tuple[bool, nn.Module], Tensor] = {}
+
+    def started(self, step: int) -> None:
+        self._live = True
+        self._full = self._full_due.due(step, 0.0)
+        if self._traces_left and not self._found:
+            self._trace()
+
+    def finished(self, call: ForwardCall, output: Any) -> None:
+        self._live = False
+        if self._tracing:
+            for handle in self._tracing:
+                handle.remove()
+            self._tracing = []
+            self._leave_mode()
+            self._stack.clear()
+
+    def collect(self) -> Measurements:
+        seen: Measurements = {
+            f"attention/{'logit_max' if full else 'logit_max_sampled'}/{self._names[module]}": z
+            for (full, module), z in self._seen.items()
+        }
+        self._seen = {}
+        return seen
+
+    def detach(self) -> None:
+        """Take the hooks off the model."""
+        for handles in self._found.values():
+            for handle in handles:
+                handle.remove()
+
+    def _trace(self) -> None:
+        """Follow one forward with a stack of its modules, to learn which of them attend."""
+        self._traces_left -= 1
+        module_hooks = torch.nn.modules.module
+        self._tracing = [
+            module_hooks.register_module_forward_pre_hook(self._push),
+            module_hooks.register_module_forward_hook(self._pop, always_call=True),
+        ]
+        self._enter_mode()
+
+    def _push(self, module: nn.Module, args: Any) -> None:
+        self._stack.append(module)
+
+    def _pop(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._stack and self._stack[-1] is module:
+            self._stack.pop()
+
+    def _enter_mode(self) -> None:
+        mode = _Intercept(self._read)
+        mode.__enter__()
+        self._modes.append(mode)
+
+    def _leave_mode(self) -> None:
+        if self._modes:
+            self._modes.pop().__exit__(None, None, None)
+
+    def _enter(self, module: nn.Module, args: Any) -> None:
+        if self._live and not self._tracing:
+            self._stack.append(module)
+            self._enter_mode()
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._stack and self._stack[-1] is module and not self._tracing:
+            self._stack.pop()
+            self._leave_mode()
+
+    def _read(self, find: Callable[[], _Scores | None]) -> None:
+        with self._boundary("AttentionLogits"):
+            scores = find()
+            if scores is not None:
+                self._measure(scores)
+
+    def _measure(self, scores: _Scores) -> None:
+        module = self._stack[-1] if self._stack else None
+        if not self._live or module is None or module not in self._names:
+            return
+        if module not in self._found:
+            self._found[module] = [
+                module.register_forward_pre_hook(
+                    Hook(self._enter, "AttentionLogits", self._boundary)
+                ),
+                module.register_forward_hook(
+                    Hook(self._leave, "AttentionLogits", self._boundary), always_call=True
+                ),
+            ]
+        with torch.no_grad():
+            self._keep(False, module, scores.max(of=math.ceil(scores.sequences / 8)))
+            if self._full:
+                self._keep(True, module, scores.max(of=scores.sequences))
+
+    def _keep(self, full: bool, module: nn.Module, highest: Tensor) -> None:
+        before = self._seen.get((full, module))
+        self._seen[full, module] = highest if before is None else torch.maximum(before, highest)
+
+
+class _Scores:
+    """Attention scores, given or still to be multiplied, of a number of sequences."""
+
+    def __init__(
+        self,
+        sequences: int,
+        tiles: Callable[[int], Iterable[Tensor]],
+    ) -> None:
+        self.sequences = sequences
+        self._tiles = tiles
+
+    def max(self, of: int) -> Tensor:
+        """Largest unmasked score of the first `of` sequences, 0-d."""
+        return torch.stack([tile.amax() for tile in self._tiles(of)]).amax()
+
+
+class _Intercept(TorchFunctionMode):
+    """Shows attention's scores to `read`, and lets every call through unchanged."""
+
+    def __init__(self, read: Callable[[Callable[[], _Scores | None]], None]) -> None:
+        super().__init__()
+        self._read = read
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        scores = _ATTENTION.get(func)
+        if scores is not None:
+            self._read(lambda: scores(*args, **kwargs))
+        return func(*args, **kwargs)
+
+
+def _of_dot_product(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> _Scores | None:
+    if query.dim() < 3 or query.is_nested:
+        return None
+    factor = scale if scale is not None else 1 / math.sqrt(query.shape[-1])
+    query, key = query.detach(), key.detach()
+    if key.dim() > 3 and key.shape[-3] != query.shape[-3]:  # grouped-query attention
+        key = key.repeat_interleave(query.shape[-3] // key.shape[-3], dim=-3)
+
+    def tiles(count: int) -> Iterable[Tensor]:
+        q, k = query[:count], key[:count]
+        rows = max(1, _TILE // max(1, q[..., 0, 0].numel() * k.shape[-2]))
+        for first in range(0, q.shape[-2], rows):
+            part = q[..., first : first + rows, :]
+            z = (part @ k.transpose(-2, -1)) * factor
+            if attn_mask is not None:
+                z = _masked(z, attn_mask, first, count)
+            if is_causal:
+                row = torch.arange(first, first + part.shape[-2], device=z.device)
+                column = torch.arange(k.shape[-2], device=z.device)
+                z = z.masked_fill(column > row[:, None], -torch.inf)
+            yield z
+
+    return _Scores(query.shape[0], tiles)
+
+
+def _masked(z: Tensor, mask: Tensor, first: int, count: int) -> Tensor:
+    if mask.dim() == z.dim() and mask.shape[0] > 1:
+        mask = mask[:count]
+    if mask.dim() > 1 and mask.shape[-2] > 1:
+        mask = mask[..., first : first + z.shape[-2], :]
+    return z.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else z + mask.detach()
+
+
+def _of_multi_head(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    embed_dim_to_check: int,
+    num_heads: int,
+    in_proj_weight: Tensor | None,
+    in_proj_bias: Tensor | None,
+    *_: Any,
+    key_padding_mask: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    use_separate_proj_weight: bool = False,
+    q_proj_weight: Tensor | None = None,
+    k_proj_weight: Tensor | None = None,
+    bias_k: Tensor | None = None,
+    **__: Any,
+) -> _Scores | None:
+    """Scores of `nn.MultiheadAttention`, whose inputs come as (length, batch, width)."""
+    if query.dim() != 3 or bias_k is not None:
+        return None
+    width = query.shape[-1]
+    if use_separate_proj_weight:
+        weights = (q_proj_weight, k_proj_weight)
+    else:
+        assert in_proj_weight is not None
+        weights = (in_proj_weight[:width], in_proj_weight[width : 2 * width])
+    biases = (
+        (None, None)
+        if in_proj_bias is None
+        else (in_proj_bias[:width], in_proj_bias[width : 2 * width])
+    )
+
+    def heads(x: Tensor, which: int, count: int) -> Tensor:
+        weight, bias = weights[which], biases[which]
+        assert weight is not None
+        y = F.linear(x[:, :count].detach(), weight.detach(), None if bias is None else bias.detach())
+        return y.transpose(0, 1).unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+    def tiles(count: int) -> Iterable[Tensor]:
+        q, k = heads(query, 0, count), heads(key, 1, count)
+        mask = attn_mask
+        if mask is not None and mask.dim() == 3:
+            mask = mask.unflatten(0, (-1, num_heads))[:count]
+        hidden = None if key_padding_mask is None else key_padding_mask[:count, None, None, :]
+        rows = max(1, _TILE // max(1, q[..., 0, 0].numel() * k.shape[-2]))
+        for first in range(0, q.shape[-2], rows):
+            z = q[..., first : first + rows, :] @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
+            for hides in (None if mask is None else mask[..., first : first + rows, :], hidden):
+                if hides is not None:  # here, unlike in dot-product attention, True hides
+                    hide = hides.dtype == torch.bool
+                    z = z.masked_fill(hides, -torch.inf) if hide else z + hides.detach()
+            if is_causal and mask is None:
+                row = torch.arange(first, first + z.shape[-2], device=z.device)
+                column = torch.arange(k.shape[-2], device=z.device)
+                z = z.masked_fill(column > row[:, None], -torch.inf)
+            yield z
+
+    return _Scores(query.shape[1], tiles)
+
+
+def _of_softmax(input: Tensor, dim: int | None = None, *_: Any, **__: Any) -> _Scores | None:
+    last = dim is not None and (dim == -1 or dim == input.dim() - 1)
+    square = input.dim() == 3 and input.shape[-1] == input.shape[-2]
+    if not (last and (input.dim() >= 4 or square) and input.is_floating_point()):
+        return None
+    scores = input.detach()
+    return _Scores(scores.shape[0], lambda count: (scores[:count],))
+
+
+_ATTENTION: dict[Callable[..., Any], Callable[..., _Scores | None]] = {
+    F.scaled_dot_product_attention: _of_dot_product,
+    F.multi_head_attention_forward: _of_multi_head,
+    F.softmax: _of_softmax,
+    torch.softmax: _of_softmax,
+    Tensor.softmax: _of_softmax,
+}

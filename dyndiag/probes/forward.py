@@ -1,0 +1,192 @@
+"""Watching the training's own forward passes, without a pass of our own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from dyndiag.batches import ForwardCall, MicroBatches, loss_of
+from dyndiag.state import Measurements
+
+
+Boundary = Callable[[str], AbstractContextManager[None]]
+"""What keeps a failure of the named part away from the training: the monitor's one catch."""
+
+
+class Hook:
+    """A module hook that copies and pickles as a hook that does nothing.
+
+    A model under watch can still be deep-copied, saved whole or sent to another process; inside
+    compiled code the hook does nothing either, so it breaks no graph.
+    """
+
+    def __init__(
+        self,
+        call: Callable[..., None] | None = None,
+        name: str = "",
+        boundary: Boundary = nullcontext,
+    ) -> None:
+        self._call, self._name, self._boundary = call, name, boundary
+
+    def __call__(self, *args: Any) -> None:
+        if self._call is None or torch.compiler.is_compiling():
+            return
+        with self._boundary(self._name):
+            self._call(*args)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
+        return Hook()
+
+    def __reduce__(self) -> tuple[type[Hook], tuple[()]]:
+        return (Hook, ())
+
+
+class Observer(Protocol):
+    """Reads something off a forward pass of the training."""
+
+    def started(self, step: int) -> None: ...
+    def finished(self, call: ForwardCall, output: Any) -> None: ...
+    def collect(self) -> Measurements:
+        """What was seen since the last call, over all micro-batches."""
+        ...
+
+
+class ForwardWatch:
+    """Tells observers of each forward pass that the training takes, and keeps its batch and loss.
+
+    A training's forward is an outermost call of the model (or, where a trainer never calls the
+    model itself, of one of its direct children) with gradients on. Everything that runs while
+    `paused` is not the training's. Cost: two Python calls per forward and direct child.
+    """
+
+    def __init__(
+        self, model: nn.Module, observers: list[Observer], boundary: Boundary = nullcontext
+    ) -> None:
+        self._model = model
+        self._observers = observers
+        self._depth = 0
+        self._watching = self._whole_seen = False
+        self.paused = False
+        self.step = 0
+        self.before: Callable[[], None] | None = None
+        """Called when a forward of the training begins."""
+        self.calls: list[ForwardCall] = []
+        self.losses: list[Tensor] = []
+        self.half_precision = False
+        self._handles: list[RemovableHandle] = []
+        enter, leave = (
+            Hook(call, "ForwardWatch", boundary) for call in (self._enter, self._leave)
+        )
+        inside = () if is_compiled(model) else model.children()
+        for module in (model, *inside):
+            self._handles += [
+                module.register_forward_pre_hook(enter, with_kwargs=True),
+                module.register_forward_hook(leave, with_kwargs=True, always_call=True),
+            ]
+
+    def detach(self) -> None:
+        """Take the hooks off the model."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._depth += 1
+        self._whole_seen |= module is self._model
+        if self._depth > 1 or self.paused or not torch.is_grad_enabled():
+            return
+        if self._whole_seen and module is not self._model:
+            return
+        if self.before is not None:
+            self.before()
+        self._watching = True
+        for observer in self._observers:
+            observer.started(self.step)
+
+    def _leave(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        self._depth = max(0, self._depth - 1)
+        if self._depth > 0 or not self._watching:
+            return
+        self._watching = False
+        call = ForwardCall(args, kwargs)
+        for observer in self._observers:
+            observer.finished(call, output)
+        if module is self._model:
+            self.calls.append(call)
+            loss = loss_of(output)
+            if loss is not None:
+                self.losses.append(loss.detach().clone())
+        device = next(module.parameters(), torch.empty(0)).device.type
+        self.half_precision = (
+            torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
+        )
+
+    def collect(self) -> tuple[MicroBatches | None, Tensor | None, Measurements]:
+        """The batches, loss and signals of the forwards since the last call."""
+        batches, loss = None, None
+        if self.calls:
+            weights = _loss_weights(self.calls)
+            batches = MicroBatches(tuple(self.calls), weights)
+            if len(self.losses) == len(self.calls):
+                loss = sum(
+                    (w * part for w, part in zip(weights, self.losses, strict=True)),
+                    start=torch.zeros_like(self.losses[0]),
+                )
+        signals: Measurements = {}
+        for observer in self._observers:
+            signals |= observer.collect()
+        self.calls, self.losses = [], []
+        return batches, loss, signals
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether the module's forward runs as compiled code, where hooks on its parts do not fire."""
+    wrapped = type(module).__name__ == "OptimizedModule"
+    return wrapped or getattr(module, "_compiled_call_impl", None) is not None
+
+
+def _loss_weights(calls: list[ForwardCall]) -> tuple[float, ...]:
+    # A trainer that tells the model how many tokens the whole step holds gets from each
+    # micro-batch its share of the step's mean; all others average the micro-batches' means.
+    if all(call.kwargs.get("num_items_in_batch") is not None for call in calls):
+        return tuple(1.0 for _ in calls)
+    return tuple(1 / len(calls) for _ in calls)
+
+
+def logits_of(output: Any) -> Tensor | None:
+    """Class scores in a model's output, shape (…, classes); None where there are none.
+
+    A floating tensor with two or three dimensions (positions × classes) and more than one class:
+    the output itself, its `.logits`, or the first such tensor of a tuple.
+    """
+    if isinstance(output, Mapping):
+        output = output.get("logits")
+    elif not isinstance(output, Tensor) and hasattr(output, "logits"):
+        output = output.logits
+    if isinstance(output, tuple | list):
+        output = next((item for item in output if _are_logits(item)), None)
+    return output if _are_logits(output) else None
+
+
+def _are_logits(item: Any) -> bool:
+    return (
+        isinstance(item, Tensor)
+        and item.is_floating_point()
+        and item.dim() in (2, 3)
+        and item.shape[-1] > 1
+        and item.numel() > 0
+    )
+
+
+def visible(call: ForwardCall, logits: Tensor) -> Tensor | None:
+    """Mask (…,) of the positions that no `attention_mask` hides; None if all are visible."""
+    mask = call.kwargs.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.shape == logits.shape[:-1]:
+        return mask.to(torch.bool)
+    return None

@@ -1,0 +1,114 @@
+"""Gradient norms of the optimizer step, before clipping and after it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from dyndiag.probes.modules import ModuleNorms, module_names
+from dyndiag.state import Measurements
+
+
+class GradientNorm:
+    """`gradients/norm` and `gradients/norm/<module>`: ‖g‖₂ of the averaged, unscaled gradient.
+
+    Read when the optimizer is about to step, from `.grad`. By then a loop may have clipped it.
+    That is noticed on a few small watched parameters: an in-place change after the backward pass
+    moves their gradient's version, and how much their norm shrank tells the clip coefficient.
+    If all of them shrank alike, `gradients/norm` is the norm before (exact to rounding, since
+    clipping by norm multiplies by one number) and `gradients/norm_clipped` the one after; if not
+    (clipping by value or by group), only `gradients/norm_clipped` is known.
+
+    Under fp16 autocast a loss scaler may have changed the gradients too; then a change in place
+    leaves only `gradients/norm_clipped`.
+
+    Cost: one read of the gradients, no pass, no host sync.
+    """
+
+    name = "GradientNorm"
+
+    def __init__(self, names: Sequence[str], parameters: Sequence[nn.Parameter]) -> None:
+        self._parameters = tuple(parameters)
+        self._owners = module_names(names)
+        self._norms = ModuleNorms(names)
+        self._changes, self._alike = 0, False
+        self._watched = _few_small(self._parameters)
+        self._seen: dict[int, tuple[int, Tensor]] = {}
+        self.scaled_loss = False
+        self._hooks = [p.register_post_accumulate_grad_hook(self._accumulated) for p in self._watched]
+
+    def _accumulated(self, parameter: Tensor) -> None:
+        grad = parameter.grad
+        if grad is not None and not grad.is_sparse:
+            with torch.no_grad():
+                norm = torch.linalg.vector_norm(grad, dtype=torch.float64)
+            self._seen[id(parameter)] = (grad._version, norm)
+
+    def detach(self) -> None:
+        """Take the hooks off the parameters."""
+        for hook in self._hooks:
+            hook.remove()
+
+    @torch.no_grad()
+    def measure(self, grad_scale: Tensor | None = None) -> Measurements:
+        """Norms of the gradients as they are now; `grad_scale` divides them (fused optimizers)."""
+        grads = [p.grad for p in self._parameters]
+        if all(grad is None for grad in grads):
+            return {}
+        norms = self._norms.squares(grads).sqrt()
+        if grad_scale is not None:
+            norms = norms / grad_scale.to(norms.device)
+        shrunk = self._shrunk()
+        self._seen.clear()
+        if shrunk is None:
+            return self._series(norms)
+        if not shrunk or self.scaled_loss:
+            return {"gradients/norm_clipped": norms[0]}
+        ratios = torch.stack([ratio.to(norms.device) for ratio in shrunk])
+        coefficient = ratios.nanmedian()
+        if not self._all_shrank_alike(ratios, coefficient):
+            return {"gradients/norm_clipped": norms[0]}
+        return {"gradients/norm_clipped": norms[0], **self._series(norms / coefficient)}
+
+    def _all_shrank_alike(self, ratios: Tensor, coefficient: Tensor) -> bool:
+        # How a loop clips does not change from step to step, so a GPU, where to look means to
+        # wait, is asked at the first few changed steps and then now and then.
+        if ratios.device.type == "cpu" or self._changes < 16 or self._changes % 101 == 0:
+            alike = (ratios - coefficient).abs() <= 1e-4 * coefficient
+            self._alike = bool((alike | ratios.isnan()).all() & coefficient.isfinite())
+        self._changes += 1
+        return self._alike
+
+    def _series(self, norms: Tensor) -> Measurements:
+        present = {m for m, p in zip(self._owners, self._parameters, strict=True) if p.grad is not None}
+        if len(present) == len(self._norms.modules):
+            return {("gradients/norm", *(f"gradients/norm/{m}" for m in self._norms.modules)): norms}
+        kept = [i for i, module in enumerate(self._norms.modules, 1) if module in present]
+        names = ("gradients/norm", *(f"gradients/norm/{self._norms.modules[i - 1]}" for i in kept))
+        return {names: norms[[0, *kept]]}
+
+    def _shrunk(self) -> list[Tensor] | None:
+        """Norm now over norm after the backward pass, of each watched gradient that was changed
+        in place since; None if none was."""
+        ratios, changed = [], False
+        for p in self._watched:
+            if p.grad is None or id(p) not in self._seen:
+                continue
+            version, norm = self._seen[id(p)]
+            changed |= p.grad._version != version
+            ratios.append(torch.linalg.vector_norm(p.grad, dtype=torch.float64) / norm)
+        return ratios if changed else None
+
+
+def _few_small(parameters: Sequence[nn.Parameter], count: int = 4) -> list[nn.Parameter]:
+    """The smallest parameters of each quarter of the model: cheap to read, spread over it."""
+    chosen: dict[int, nn.Parameter] = {}
+    for quarter in range(count):
+        low = quarter * len(parameters) // count
+        high = max(low + 1, (quarter + 1) * len(parameters) // count)
+        smallest = min(parameters[low:high], key=lambda p: p.numel(), default=None)
+        if smallest is not None:
+            chosen[id(smallest)] = smallest
+    return list(chosen.values())

@@ -1,0 +1,132 @@
+"""What is read off the optimizer step itself, without a pass of our own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dyndiag.batches import MicroBatches
+from dyndiag.probes.attention import AttentionLogits
+from dyndiag.probes.forward import Boundary, ForwardWatch
+from dyndiag.probes.gradients import GradientNorm
+from dyndiag.probes.logits import OutputLogits
+from dyndiag.probes.updates import UpdateRatio
+from dyndiag.state import Measurements, TrainState
+
+
+@dataclass
+class Step:
+    """An optimizer step that was taken, and what was seen of it."""
+
+    learning_rates: tuple[float, ...] = ()
+    batch: MicroBatches | None = None
+    loss: Tensor | None = None
+    weights_before: tuple[Tensor, ...] | None = None
+    seen: Measurements = field(default_factory=dict)
+
+
+class StepWatch:
+    """Hooks on the optimizer, the model and a few gradients.
+
+    `step` is the number of the step being prepared. `begins` is called when a forward or an
+    optimizer step of the training begins, with True for the latter.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        names: tuple[str, ...],
+        parameters: tuple[nn.Parameter, ...],
+        boundary: Boundary,
+        begins: Callable[[bool], None],
+    ) -> None:
+        self._parameters = parameters
+        self._begins = begins
+        self._boundary = boundary
+        self._attention = AttentionLogits(model, boundary)
+        self._forward = ForwardWatch(model, [OutputLogits(), self._attention], boundary)
+        self._forward.before = lambda: begins(False)
+        self._gradients = GradientNorm(names, parameters) if parameters else None
+        self._updates = UpdateRatio(names)
+        self._step: Step | None = None
+        self._taken: Step | None = None
+        self._handles = [
+            optimizer.register_step_pre_hook(self._before),
+            optimizer.register_step_post_hook(self._after),
+        ]
+
+    @property
+    def step(self) -> int:
+        return self._forward.step
+
+    @step.setter
+    def step(self, step: int) -> None:
+        self._forward.step = step
+
+    @property
+    def paused(self) -> bool:
+        return self._forward.paused
+
+    @paused.setter
+    def paused(self, paused: bool) -> None:
+        self._forward.paused = paused
+
+    @property
+    def pending(self) -> bool:
+        """Whether a step was taken that nobody has asked for yet."""
+        return self._taken is not None
+
+    def take(self) -> Step | None:
+        """The step taken since the last call; None if the optimizer has not stepped."""
+        taken, self._taken = self._taken, None
+        if taken is None:
+            batch, loss, seen = self._forward.collect()
+            if batch is not None or loss is not None:
+                return Step(batch=batch, loss=loss, seen=seen | {"train/skipped": 1.0})
+        return taken
+
+    def detach(self) -> None:
+        """Take every hook off again."""
+        for handle in self._handles:
+            handle.remove()
+        self._forward.detach()
+        self._attention.detach()
+        if self._gradients is not None:
+            self._gradients.detach()
+
+    def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        with self._boundary("StepWatch"):
+            self._begins(True)
+            step = Step(tuple(float(group["lr"]) for group in optimizer.param_groups))
+            self._step = step
+            if self._parameters and self._updates.due.due(self.step, 0.0):
+                step.weights_before = UpdateRatio.before(self._parameters)
+            # A closure computes the gradients inside the step: they are read after it.
+            if not args[1:] and kwargs.get("closure") is None:
+                self._read_gradients(optimizer, step)
+
+    def _read_gradients(self, optimizer: Optimizer, step: Step) -> None:
+        if self._gradients is not None:
+            self._gradients.scaled_loss = self._forward.half_precision
+            scale = getattr(optimizer, "grad_scale", None)
+            step.seen |= self._gradients.measure(scale if isinstance(scale, Tensor) else None)
+
+    def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        with self._boundary("StepWatch"):
+            step, self._step = self._step, None
+            if step is None:
+                return
+            if args[1:] or kwargs.get("closure") is not None:
+                self._read_gradients(optimizer, step)
+            step.batch, step.loss, seen = self._forward.collect()
+            step.seen |= seen
+            self._taken = step
+
+    def update_ratio(self, state: TrainState) -> Measurements:
+        """Of a step whose weights before were kept; nothing for the others."""
+        return {} if state.weights_before is None else self._updates.measure(state)

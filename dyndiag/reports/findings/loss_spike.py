@@ -1,0 +1,321 @@
+"""The loss jumped out of its recent range."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from dyndiag.reports import figures, words
+from dyndiag.reports.contents import Contents, Series
+from dyndiag.reports.figures import Figure, Note
+from dyndiag.reports.findings.finding import (
+    WORTSMAN_LOW,
+    WORTSMAN_PROXIES,
+    Finding,
+    Source,
+    Told,
+    around,
+    end_of,
+    evidence,
+    judged,
+    safe,
+    span,
+    surety,
+    text,
+    value,
+)
+from dyndiag.values import Event
+
+BEFORE = 50  # steps in which a precursor is looked for
+LOGITS = 1000.0  # a largest attention logit known to hurt
+
+
+def made_up(c: Contents, event: Event) -> bool:
+    """Whether the loss came back for good.
+
+    It has if it reached its earlier best again. A run may end, or turn to harder data, before that:
+    then the last losses must be within 5 % of the level before, or within its scatter.
+    """
+    if event.end is None:
+        return False
+    if math.isfinite(value(event, "steps_to_recover")):
+        return True
+    before, loss = value(event, "median_before"), c.loss
+    if loss is None or not math.isfinite(before):
+        return True
+    earlier = loss.values[loss.steps < event.start][-24:]
+    earlier = earlier[np.isfinite(earlier)]
+    scatter = 1.4826 * float(np.median(np.abs(earlier - before))) if len(earlier) else 0.0
+    return figures.final(loss) <= before + max(0.05 * abs(before), scatter)
+
+
+def loss_spike(told: Told, c: Contents) -> Finding:
+    event = told.event
+    before, peak = value(event, "median_before"), value(event, "peak_value")
+    stayed = not made_up(c, event)
+    low, high = words.telling([before, peak])
+    sure, dots = surety(event)
+    start, end = event.start, end_of(c, event)
+    window = around(c, start, min(end, event.peak + 40), share=1.0, least=50)
+    cause = precursor(c, event)
+    at = f"at step {words.steps(start)}"
+    jumped = f"The loss jumped from {low} to {high} {at}"
+    if event.end is None:
+        after = "has not come back" if c.alive else "had not come back when the run ended"
+    elif stayed:
+        after = "stayed high"
+    else:
+        after = f"was back {_after(end - start)}"
+    return Finding(
+        event=event,
+        urgency="act" if stayed else "look",
+        title=_title(event, jumped, stayed),
+        when=_when(c, event),
+        sure=sure,
+        dots=dots,
+        reason=_reason(c, event),
+        what=_what(c, event, cause),
+        people=_people(event, stayed, cause),
+        sources=(_source(cause),),
+        figures=_figures(c, event, window),
+        window=window,
+        chapter="logits" if cause.startswith("attention") else "gradients",
+        sentence=_sentence(c, event, jumped, after, cause),
+        numbers=_numbers(c, event, stayed),
+        label=f"Loss spike {words.times(value(event, 'factor', event.severity))}"
+        + (f", back at {words.steps(end)}" if not stayed else ", progress lost"),
+        short=f"Spike {words.times(value(event, 'factor', event.severity))}",
+    )
+
+
+def _after(steps: int) -> str:
+    return f"{words.count(steps, 'step')} later" if steps else "at once"
+
+
+def _title(event: Event, jumped: str, stayed: bool) -> str:
+    if event.end is None:
+        return f"{jumped} and has not come back"
+    return f"{jumped} and stayed above its old level" if stayed else f"{jumped} and came back"
+
+
+def _sentence(c: Contents, event: Event, jumped: str, after: str, cause: str) -> str:
+    factor = value(event, "factor", event.severity)
+    if abs(factor - 2) < 0.1 and value(event, "median_before") > 0:
+        jumped = f"The loss doubled at step {words.steps(event.start)}"
+    link = "and" if "," not in after else ","
+    said = f"{jumped} {link} {after}"
+    if cause.startswith("attention"):
+        return f"{said}; {_peaked(c, event)} just before."
+    if cause.startswith("the gradient"):
+        return f"{said}; {cause}."
+    if cause == "task switch":
+        return f"{said}; a new task had just begun."
+    if not cause and _watched(c):
+        return f"{said}; nothing measured had moved before, which points to the data."
+    return f"{said}."
+
+
+def _when(c: Contents, event: Event) -> str:
+    parts = [span(c, event)]
+    if event.end is not None and event.peak != event.start:
+        parts.append(f"highest at {words.steps(event.peak)}")
+    recovered = value(event, "steps_to_recover")
+    if math.isfinite(recovered):
+        step = event.start + int(recovered)
+        parts.append(f"smoothed loss at its earlier best again at step {words.steps(step)}")
+    elif event.end is not None:
+        parts.append("its earlier best was not reached again")
+    return "; ".join(parts)
+
+
+def _reason(c: Contents, event: Event) -> str:
+    parts = []
+    deviations = value(event, "deviations")
+    if math.isfinite(deviations):
+        parts.append(f"{words.number(deviations, 2)} robust deviations above the losses before")
+    factor = value(event, "factor", event.severity)
+    parts.append(f"{words.number(factor)} times its level")
+    reason = ", ".join(parts) + "."
+    points = value(event, "points")
+    if points == 1:
+        reason += " A single value: one hard batch looks the same."
+    doubt = text(event, "in_doubt")
+    if doubt:
+        reason += f" In doubt: {safe(doubt)}."
+    if c.loss is not None:
+        reason += f" Median of the last 20 losses: {words.number(figures.final(c.loss))}."
+    return reason
+
+
+def _logits(c: Contents) -> tuple[str, Series] | None:
+    """Name and largest values of the block whose attention logits are largest of all."""
+    prefix, modules = figures.attention_names(c)
+    peaks = {
+        m: float(np.nanmax(c.series[prefix + m].values))
+        for m in modules
+        if np.isfinite(c.series[prefix + m].values).any()
+    }
+    if not peaks:
+        return None
+    worst = max(peaks, key=lambda m: peaks[m])
+    return worst, c.series[prefix + worst]
+
+
+def precursor(c: Contents, event: Event) -> str:
+    """What had moved in the 50 steps before, as words; empty if nothing measured had.
+
+    Attention logits above 1,000 that had grown threefold since the run's first tenth; a gradient
+    norm that in the steps before (not the spike's own) stood four times above its median of 200.
+    """
+    if text(event, "in_doubt") == "task switch":
+        return "task switch"
+    first = event.start - BEFORE
+    found = _worst_before(c, event)
+    if found is not None:
+        name, _, series = found
+        early = series.within(c.first, c.first + max(20, (event.start - c.first) // 10))
+        top = np.nanmax(series.within(first, event.start - 1))
+        if top >= LOGITS and (not len(early) or top >= 3 * np.nanmedian(early)):
+            return f"attention logits in {name}"
+    norm = c.series.get("gradients/norm")
+    if norm is not None:
+        usual = norm.within(first - 200, first - 1)
+        recent = norm.within(event.start - 10, event.start - 1)
+        usual, recent = usual[np.isfinite(usual)], recent[np.isfinite(recent)]
+        if len(usual) >= 20 and len(recent) and recent.max() > 4 * np.median(usual):
+            ratio = recent.max() / np.median(usual)
+            return f"the gradient norm had stood {words.number(ratio, 2)} times above its median"
+    return ""
+
+
+def _worst_before(c: Contents, event: Event) -> tuple[str, float, Series] | None:
+    """The block with the largest attention logit in the 50 steps before: name, value, series."""
+    prefix, modules = figures.attention_names(c)
+    best: tuple[str, float, Series] | None = None
+    for module in modules:
+        series = c.series[prefix + module]
+        values = series.within(event.start - BEFORE, event.start - 1)
+        values = values[np.isfinite(values)]
+        if len(values) and (best is None or values.max() > best[1]):
+            best = (module, float(values.max()), series)
+    return best
+
+
+def _peaked(c: Contents, event: Event) -> str:
+    found = _worst_before(c, event)
+    assert found is not None  # a precursor was found in it
+    name, top, _ = found
+    near = words.number(round(top, 1 - len(str(int(top)))) if top >= 1000 else top, 2)
+    return f"attention logits in {safe(name, 30)} had peaked near {near}"
+
+
+def _watched(c: Contents) -> bool:
+    """Whether anything besides the loss was measured that could have moved."""
+    return "gradients/norm" in c.series
+
+
+def _what(c: Contents, event: Event, cause: str) -> str:
+    if cause.startswith("attention"):
+        found = _worst_before(c, event)
+        assert found is not None
+        name, top, series = found
+        early = series.within(c.first, c.first + max(20, (event.start - c.first) // 10))
+        values = series.within(event.start - BEFORE, event.start - 1)
+        steps = series.steps[
+            (series.steps >= event.start - BEFORE) & (series.steps < event.start)
+        ]
+        at = int(steps[int(np.nanargmax(values))])
+        over = series.steps[series.values >= LOGITS]
+        return (
+            f"Attention logits in {safe(name)} had grown from "
+            f"{words.number(float(np.nanmedian(early)))} to {words.number(top)} at step "
+            f"{words.steps(at)}, {words.count(event.start - at, 'step')} before; they first passed "
+            f"1,000 at step {words.steps(int(over[0]))}. Logits of that size make attention nearly "
+            "one-hot and its gradients erratic."
+        )
+    if cause == "task switch":
+        return "The data changed with the task; a higher loss on new data is what one expects."
+    parts = []
+    if cause:
+        parts.append(f"In the ten steps before, {cause} of the 200 steps before that.")
+    elif _watched(c):
+        seen = ["gradient norm"]
+        if figures.attention_names(c)[1]:
+            seen.append("attention logits")
+        verb = "had not moved" if len(seen) == 1 else "had not moved"
+        parts.append(
+            f"{words.capital(words.listing(['the ' + seen[0], *seen[1:]]))} {verb} in the steps "
+            "before."
+        )
+        if event.peak - event.start <= 1:
+            parts.append("A jump at full height within a step or two points to the data.")
+    else:
+        parts.append("Only the loss was measured, so the report cannot say what moved first.")
+    ratio = judged(c, "stability/edge_ratio", event.start - BEFORE, event.start)
+    if len(ratio):
+        parts.append(f"The edge ratio was {words.number(float(ratio[-1]), 2)} just before.")
+    return " ".join(parts)
+
+
+def _people(event: Event, stayed: bool, cause: str) -> tuple[str, ...]:
+    if cause.startswith("attention"):
+        first = (
+            (f"Go back to a checkpoint before step {words.steps(event.start - BEFORE)} and lower "
+             "the rate.",) if stayed else ("Nothing, if it stays alone.",)
+        )  # fmt: skip
+        return (
+            *first,
+            "Normalise queries and keys, or clip their logits.",
+            "With Adam, lower β₂ from 0.999 to 0.95–0.99, or clip the gradient.",
+        )
+    if cause == "task switch":
+        return ("Nothing to do, unless earlier tasks suffer: see the accuracies.",)
+    last = max(event.start, event.peak)
+    steps = (
+        f"steps {words.steps(event.start)} to {words.steps(last)}"
+        if last > event.start
+        else f"step {words.steps(event.start)}"
+    )
+    first_line = (
+        "Go back to a checkpoint before it, and skip the batches or lower the rate."
+        if stayed
+        else "Nothing, if it stays alone."
+    )
+    return (
+        first_line,
+        f"Look at the batches of {steps}.",
+        "Skip or clip updates whose gradient norm is far outside its recent range.",
+    )
+
+
+def _source(cause: str) -> Source:
+    return WORTSMAN_PROXIES if cause.startswith("attention") else WORTSMAN_LOW
+
+
+def _numbers(c: Contents, event: Event, stayed: bool) -> str:
+    before = value(event, "median_before")
+    if c.loss is None or not math.isfinite(before):
+        return ""
+    last = words.number(figures.final(c.loss))
+    return f"It stood at {words.number(before)} before and at {last} in the last 20 steps."
+
+
+def _figures(c: Contents, event: Event, window: tuple[int, int]) -> tuple[Figure, ...]:
+    key = f"spike-{event.start}"
+    peak = value(event, "peak_value")
+    note: tuple[Note, ...] = ()
+    if math.isfinite(peak):
+        late = event.peak > (window[0] + window[1]) / 2
+        note = (
+            Note(
+                float(event.peak), f"{words.number(peak)} at step {words.steps(event.peak)}", peak,
+                dx=-8 if late else 8, dy=6, anchor="end" if late else "start",
+            ),
+        )  # fmt: skip
+    return evidence(
+        figures.loss(c, f"{key}-loss", 130, window, notes=note),
+        figures.attention(c, f"{key}-attention", 150, window)
+        or figures.gradient_norm(c, f"{key}-gradient", 110, window),
+        figures.edge_ratio(c, f"{key}-edge", 110, window),
+    )

@@ -1,0 +1,141 @@
+"""A value became NaN or infinite."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from dyndiag.reports import figures, words
+from dyndiag.reports.contents import Contents
+from dyndiag.reports.findings.finding import (
+    Finding,
+    Source,
+    Told,
+    around,
+    end_of,
+    evidence,
+    safe,
+    span,
+    surety,
+    text,
+    value,
+)
+from dyndiag.values import Event
+
+MICIKEVICIUS = Source(
+    "Micikevicius et al.", "Mixed precision training", 2018, "https://arxiv.org/abs/1710.03740"
+)
+
+
+def non_finite(told: Told, c: Contents) -> Finding:
+    event = told.event
+    end = end_of(c, event)
+    word, dots = surety(event)
+    window = around(c, event.start, min(end, event.start + 60), share=0.5, least=60)
+    first = text(event, "first") or (event.series[0] if event.series else "a value")
+    what = _name(first)
+    became = text(event, "value").lower().replace("nan", "NaN").replace("inf", "infinite") or "NaN"
+    return Finding(
+        event=event,
+        urgency="act",
+        title=f"{words.capital(what)} became {became} at step {words.steps(event.start)}",
+        when=span(c, event),
+        sure=word,
+        dots=dots,
+        reason=f"the values themselves; {words.count(int(event.severity), 'series', 'series')} in all.",
+        what=_what(c, event),
+        people=(
+            f"Go back to a checkpoint before step {words.steps(event.start)}; weights that a "
+            "non-finite gradient reached are lost.",
+            "Look at that step's batch, and at what was largest just before.",
+            "In half precision: a gradient scaler, or bfloat16.",
+        ),
+        sources=(MICIKEVICIUS,),
+        figures=evidence(
+            figures.loss(c, f"broken-{event.start}-loss", 130, window),
+            figures.gradient_norm(c, f"broken-{event.start}-gradient", 110, window),
+            figures.attention(c, f"broken-{event.start}-attention", 110, window),
+        ),
+        window=window,
+        chapter="logits" if first.startswith(("attention", "logits")) else "gradients",
+        sentence=_sentence(event, first, became),
+        numbers=_numbers(c, event),
+        label="Non-finite" + ("" if event.end is None else f", until {words.steps(end)}"),
+        short="Non-finite",
+        notches=tuple(spike.peak for spike in told.inside),
+    )
+
+
+def _name(series: str) -> str:
+    """A series in words: "the gradient of blocks.3.mlp"."""
+    for prefix, what in (
+        ("gradients/norm/", "the gradient of "),
+        ("updates/ratio/", "the update of "),
+        ("attention/logit_max_sampled/", "the attention logit of "),
+        ("attention/logit_max/", "the attention logit of "),
+    ):
+        if series.startswith(prefix):
+            return what + safe(series.removeprefix(prefix))
+    known = {
+        "train/loss": "the loss",
+        "gradients/norm": "the gradient norm",
+        "gradients/norm_clipped": "the clipped gradient norm",
+        "updates/ratio": "the update",
+        "logits/max": "the largest logit",
+        "logits/log_partition": "the log partition",
+    }
+    return known.get(series, safe(series))
+
+
+def _sentence(event: Event, first: str, became: str) -> str:
+    at = value(event, "loss_at")
+    if first == "train/loss":
+        others = [name for name in event.series if name != first]
+        with_it = f", together with {_name(others[0])}" if others else ""
+        return f"The loss became {became} at step {words.steps(event.start)}{with_it}."
+    if not math.isfinite(at):
+        return f"{words.capital(_name(first))} became {became} at step {words.steps(event.start)}."
+    earlier = int(at) - event.start
+    when = "at the same step" if earlier == 0 else f"{words.count(earlier, 'step')} earlier"
+    return (
+        f"The loss became NaN at step {words.steps(int(at))}; the first non-finite value was "
+        f"{_name(first)}, {when}."
+    )
+
+
+def _what(c: Contents, event: Event) -> str:
+    names = words.listing([_name(name) for name in event.series])
+    many = int(event.severity)
+    more = f" and {many - len(event.series)} more" if many > len(event.series) else ""
+    parts = [f"At the first step: {names}{more}."]
+    norm = c.series.get("gradients/norm")
+    if norm is not None:
+        before = norm.within(event.start - 20, event.start - 1)
+        usual = norm.within(event.start - 220, event.start - 21)
+        before, usual = before[np.isfinite(before)], usual[np.isfinite(usual)]
+        if len(before) and len(usual) > 10:
+            ratio = float(before.max() / np.median(usual))
+            said = (
+                f"had grown to {words.number(ratio, 2)} times its median"
+                if ratio > 3
+                else "had not moved"
+            )
+            parts.append(f"In the 20 steps before, the gradient norm {said}.")
+    return " ".join(parts)
+
+
+def _numbers(c: Contents, event: Event) -> str:
+    if c.loss is None:
+        return ""
+    before = c.loss.within(c.first, event.start - 1)
+    finite = before[np.isfinite(before)]
+    bad = int(np.sum(~np.isfinite(c.loss.values)))
+    share = bad / max(1, len(c.loss))
+    if not len(finite):
+        return f"The loss was never finite, in {words.count(len(c.loss), 'step')}."
+    last = words.number(float(np.median(finite[-20:])))
+    return (
+        f"It stood at {last} in the last finite steps before. The loss is not finite at "
+        f"{words.percent(share)} of the steps."
+    )

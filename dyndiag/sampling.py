@@ -1,0 +1,76 @@
+"""Taking the measurements that are due: inside the guard, timed, and never at the training's risk."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from dyndiag.boundary import Boundary
+from dyndiag.guard import no_trace
+from dyndiag.probes import Probe
+from dyndiag.state import Measurements, TrainState
+from dyndiag.values import Estimate
+
+
+class Sampler:
+    """Runs probes that take passes of their own, and keeps what they cost."""
+
+    def __init__(
+        self, probes: list[Probe], model: nn.Module, optimizer: Optimizer, boundary: Boundary
+    ) -> None:
+        self._probes, self._boundary = probes, boundary
+        self._guard = lambda: no_trace(model, optimizer)
+        self._began = time.perf_counter()
+        self._seconds = 0.0
+        self.cost: dict[str, dict[str, float]] = {}
+        """Of each probe by name: seconds, samples, products."""
+
+    @property
+    def training_seconds(self) -> float:
+        """Wall time since the start, less what the probes took."""
+        return time.perf_counter() - self._began - self._seconds
+
+    def measure_due(self, state: TrainState, keep: Callable[[Measurements], None]) -> None:
+        """Run every probe that is due at this step and can be run on this state."""
+        able = bool(state.parameters) and state.probe is not None and state.loss_fn is not None
+        for probe in self._probes:
+            if (able or not probe.needs_loss) and probe.due.due(state.step, self.training_seconds):
+                self.measure(probe, state, keep)
+
+    def measure(
+        self, probe: Probe, state: TrainState, keep: Callable[[Measurements], None]
+    ) -> None:
+        """Run one probe now."""
+        before = time.perf_counter()
+        seen: Measurements = {}
+        try:
+            with self._boundary(probe.name), self._guard():
+                seen = probe.measure(state)
+                _wait_for(state.parameters[0].device if state.parameters else None)
+        finally:
+            seconds = time.perf_counter() - before
+            self._seconds += seconds
+            probe.due.paid(state.step, seconds)
+        keep(seen)
+        for text in getattr(probe, "notices", ()):
+            self._boundary.tell(probe.name, text)
+        if seen:
+            cost = self.cost.setdefault(
+                probe.name, {"seconds": 0.0, "samples": 0, "products": 0}
+            )
+            cost["seconds"] += seconds
+            cost["samples"] += 1
+            cost["products"] += sum(
+                value.products for value in seen.values() if isinstance(value, Estimate)
+            )
+
+
+def _wait_for(device: Any) -> None:
+    # A sample's cost is known only when it is done; samples are few and have waited before.
+    if device is not None and device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,219 @@
+"""Training with the monitor is bit for bit training without it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import dyndiag
+from tests.models import KINDS, batches, cross_entropy, model_of
+
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=1e-3),
+}
+STEPS = 30
+
+
+def everything(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, bytes]:
+    """All that a training consists of, as bytes."""
+    tensors = {f"model.{name}": t for name, t in model.state_dict().items()}
+    for i, p in enumerate(model.parameters()):
+        if p.grad is not None:
+            tensors[f"grad.{i}"] = p.grad
+        for key, value in optimizer.state.get(p, {}).items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer.{i}.{key}"] = value
+    found = {name: t.detach().clone().numpy().tobytes() for name, t in tensors.items()}
+    found["torch"] = torch.get_rng_state().numpy().tobytes()
+    found["python"] = repr(random.getstate()).encode()
+    found["numpy"] = repr(np.random.get_state()).encode()
+    modes = [(m.training, [p.requires_grad for p in m.parameters()]) for m in model.modules()]
+    found["modes"] = repr(modes).encode()
+    return found
+
+
+@contextmanager
+def seen_often(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every probe at nearly every step: a budget that is never short."""
+    with monkeypatch.context() as patch:
+        patch.setattr("dyndiag.probes.GRACE", 1e9)
+        yield
+
+
+def train(
+    kind: str, make: Callable[[Any], torch.optim.Optimizer], watch: Callable[..., Any]
+) -> tuple[dict[str, bytes], list[float]]:
+    for seed in (torch.manual_seed, random.seed, np.random.seed):
+        seed(0)
+    model = model_of(kind)
+    optimizer = make(model.parameters())
+    data = batches(kind, 5)
+    losses = []
+    with watch(model, optimizer) as monitor:
+        for step in range(STEPS):
+            batch = data[step % 5]
+            loss = cross_entropy(model, batch)
+            loss.backward()
+            if step % 3 == 0:
+                nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            optimizer.step()
+            if step % 2:
+                optimizer.zero_grad()  # else gradients go on piling up: they must be untouched
+            losses.append(loss.item())
+            if monitor is not None:
+                monitor.step(loss=loss, batch=batch)
+                if step == 10:
+                    monitor.start_task("second", eval_batches=data[:2])
+        random.random(), np.random.rand(), torch.rand(1)
+    return everything(model, optimizer), losses
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_training_is_the_same_bit_for_bit(
+    kind: str, optimizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make = OPTIMIZERS[optimizer]
+    alone = train(kind, make, lambda model, optimizer: nullcontext())
+    with seen_often(monkeypatch):
+        watched = train(
+            kind, make, lambda m, o: dyndiag.Monitor(m, o, cross_entropy, run=tmp_path / "run")
+        )
+    assert watched == alone
+    run = dyndiag.Run(tmp_path / "run")
+    assert len(run["curvature/sharpness"]) >= 10  # and it did measure
+    assert len(run["predictions/entropy"]) >= 3
+    assert len(run["train/loss"]) == STEPS
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_also_where_only_the_optimizer_is_called(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class NoStep:
+        """A monitor that is told nothing."""
+
+        def __init__(self, monitor: dyndiag.Monitor) -> None:
+            self.monitor = monitor
+
+        def __enter__(self) -> None:
+            return None
+
+        def __exit__(self, *error: Any) -> None:
+            self.monitor.close()
+
+    make = OPTIMIZERS["adamw"]
+    alone = train(kind, make, lambda model, optimizer: nullcontext())
+    probe = batches(kind, 1, seed=7)[0]
+    with seen_often(monkeypatch):
+        watched = train(
+            kind,
+            make,
+            lambda m, o: NoStep(
+                dyndiag.Monitor(m, o, cross_entropy, run=tmp_path / "run", probe_batch=probe)
+            ),
+        )
+    assert watched == alone
+    run = dyndiag.Run(tmp_path / "run")
+    assert len(run["gradients/norm"]) == STEPS
+    assert len(run["curvature/sharpness"]) >= 10
+
+
+@pytest.mark.filterwarnings("ignore:dyndiag")
+@pytest.mark.parametrize("kind", KINDS)
+def test_also_when_a_probe_raises_halfway(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = train(kind, OPTIMIZERS["sgd"], lambda model, optimizer: nullcontext())
+
+    class Careless:
+        """A loss function that changes all it can reach, and then fails, but not for training."""
+
+        def __init__(self) -> None:
+            self.calls = 0
+
+        def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+            self.calls += 1
+            random.random(), np.random.rand(), torch.rand(3)
+            model.train(not model.training)
+            model.new_attribute = 1
+            torch.backends.cudnn.benchmark = not torch.backends.cudnn.benchmark
+            with torch.no_grad():
+                for p in model.parameters():
+                    p.mul_(1.5)
+                    p.grad = None
+                    p.requires_grad_(False)
+                for b in model.buffers():
+                    b.add_(1)
+            if self.calls % 2:
+                raise RuntimeError("boom")
+            return cross_entropy(model, batch)
+
+    careless = Careless()
+    with seen_often(monkeypatch):
+        watched = train(
+            kind,
+            OPTIMIZERS["sgd"],
+            lambda m, o: dyndiag.Monitor(m, o, careless, run=tmp_path / "run"),
+        )
+    assert watched == alone
+    assert careless.calls > 10
+    run = dyndiag.Run(tmp_path / "run")
+    assert "failures/Sharpness" in run.names
+    assert any("boom" in notice["text"] for notice in run.metadata["notices"])
+
+
+def test_the_global_switches_are_as_before(tmp_path: Path) -> None:
+    switches = (
+        torch.is_grad_enabled,
+        torch.is_inference_mode_enabled,
+        lambda: torch.is_autocast_enabled("cpu"),
+        lambda: torch.backends.cudnn.benchmark,
+        torch.backends.cuda.flash_sdp_enabled,
+        torch.backends.cuda.mem_efficient_sdp_enabled,
+        torch.get_default_dtype,
+    )
+    before = [switch() for switch in switches]
+    model = model_of("transformer")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    batch = batches("transformer", 1)[0]
+    with dyndiag.Monitor(model, optimizer, cross_entropy, run=tmp_path / "run") as monitor:
+        cross_entropy(model, batch).backward()
+        optimizer.step()
+        monitor.step(batch=batch)
+        assert [switch() for switch in switches] == before
+    assert [switch() for switch in switches] == before
+
+
+def test_state_that_a_module_keeps_by_itself_is_put_back(tmp_path: Path) -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 4)
+            self.calls, self.seen, self.total = 0, [], torch.zeros(1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            self.seen.append(len(x))
+            self.total += x.detach().sum()
+            return self.layer(x)
+
+    model = Counting()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    batch = batches("mlp", 1)[0]
+    with dyndiag.Monitor(model, optimizer, cross_entropy, run=tmp_path / "run") as monitor:
+        for _ in range(5):
+            cross_entropy(model, batch).backward()
+            optimizer.step()
+            monitor.step(batch=batch)
+    assert model.calls == len(model.seen) == 5
+    assert model.total.item() == pytest.approx(5 * batch[0].sum().item(), rel=1e-5)
