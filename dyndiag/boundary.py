@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-
 _PACKAGE = str(Path(__file__).parent)
 
 

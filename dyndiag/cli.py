@@ -93,7 +93,7 @@ def _demo(arguments: argparse.Namespace) -> int:
     stories = ["edge", "gap", "spike"] if arguments.story == "all" else [arguments.story]
     for story in stories:
         demo = import_module(f"dyndiag.demos.{story}")
-        print(f"{story}: {demo.__doc__.splitlines()[0]}", flush=True)
+        print(f"{story}: {(demo.__doc__ or story).splitlines()[0]}", flush=True)
         folder = arguments.runs / story
         _clear(folder)
         began = time.perf_counter()

@@ -48,8 +48,8 @@ def check_arguments(
         check_probe_batch(probe_batch)
     if not budget > 0:
         raise DyndiagError(
-            f"budget is the time for measuring as a share of training time, above 0 (default 0.05), "
-            f"but it is {budget}"
+            f"budget is the time for measuring as a share of training time, above 0 (default "
+            f"0.05), but it is {budget}"
         )
 
 

@@ -22,9 +22,7 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def facts(
-    model: nn.Module, optimizer: Optimizer, loss_fn: LossFunction | None
-) -> dict[str, Any]:
+def facts(model: nn.Module, optimizer: Optimizer, loss_fn: LossFunction | None) -> dict[str, Any]:
     """Versions, hardware, model, optimizer, command, commit and seed; JSON values only."""
     parameters = list(model.parameters())
     device = parameters[0].device

@@ -105,8 +105,7 @@ def _remember_tensor(tensor: Tensor) -> Restore:
 
 def _overlaps_itself(tensor: Tensor) -> bool:
     return any(
-        stride == 0 and size > 1
-        for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+        stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
     )
 
 
@@ -184,7 +183,7 @@ def _remember_random_streams() -> list[Restore]:
 
 
 def _remember_switches() -> list[Restore]:
-    """Backend switches that a loss function may set; the body's own are undone by their contexts."""
+    """Switches that a loss function may set; the body's own are undone by their contexts."""
     cudnn, cuda = torch.backends.cudnn, torch.backends.cuda
     flags = {name: getattr(cudnn, name) for name in ("enabled", "benchmark", "deterministic")}
     kernels = (

@@ -38,9 +38,7 @@ class Keeper:
             for step, values in Run(folder).rows():
                 events |= {event.name: event for event in self._judge(step, values)}
             self._writer.replace_events(list(events.values()))
-        self._sinks: list[Sink] = (
-            [TensorBoard(folder / "tensorboard")] if tensorboard else []
-        )
+        self._sinks: list[Sink] = [TensorBoard(folder / "tensorboard")] if tensorboard else []
         self._waiting: list[tuple[Row, list[Event]]] = []
 
     @property

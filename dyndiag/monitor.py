@@ -29,7 +29,7 @@ from dyndiag.keeping import Keeper
 from dyndiag.probes import Step, StepWatch, sampled_probes
 from dyndiag.rows import Rows
 from dyndiag.sampling import Sampler
-from dyndiag.state import Task, TrainState
+from dyndiag.state import Measurements, Task, TrainState
 from dyndiag.values import Event
 
 _FLUSH_SECONDS = 1.0
@@ -132,9 +132,7 @@ class Monitor:
         last = self._next - 1
         if last >= self._first:  # what the switch is judged by: the accuracies just before it
             state = self._state(last, Step(), None)
-            self._sampler.measure(
-                self._continual, state, lambda seen: self._rows.add(last, seen)
-            )
+            self._sampler.measure(self._continual, state, lambda seen: self._rows.add(last, seen))
             self._rows.add(last, {"continual/task": float(len(self._task_starts) - 2)})
 
     def flush(self) -> bool:
@@ -240,11 +238,13 @@ def _close(alive: weakref.ref[Monitor]) -> None:
         monitor.close()
 
 
-def _rates(rates: tuple[float, ...]) -> dict[str | tuple[str, ...], Any]:
-    if not rates:
-        return {}
-    several = {f"train/learning_rate/{i}": rate for i, rate in enumerate(rates)}
-    return {"train/learning_rate": rates[0]} | (several if len(set(rates)) > 1 else {})
+def _rates(rates: tuple[float, ...]) -> Measurements:
+    found: Measurements = {}
+    if rates:
+        found["train/learning_rate"] = rates[0]
+    if len(set(rates)) > 1:
+        found |= {f"train/learning_rate/{i}": rate for i, rate in enumerate(rates)}
+    return found
 
 
 def _no_curvature(loss_fn: LossFunction | None) -> str:

@@ -1,10 +1,10 @@
-"""Taking the measurements that are due: inside the guard, timed, and never at the training's risk."""
+"""Taking the measurements that are due: inside the guard, timed, at no risk to the training."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
+from functools import partial
 
 import torch
 from torch import nn
@@ -24,7 +24,7 @@ class Sampler:
         self, probes: list[Probe], model: nn.Module, optimizer: Optimizer, boundary: Boundary
     ) -> None:
         self._probes, self._boundary = probes, boundary
-        self._guard = lambda: no_trace(model, optimizer)
+        self._guarded = partial(no_trace, model, optimizer)
         self._began = time.perf_counter()
         self._seconds = 0.0
         self.cost: dict[str, dict[str, float]] = {}
@@ -37,9 +37,8 @@ class Sampler:
 
     def measure_due(self, state: TrainState, keep: Callable[[Measurements], None]) -> None:
         """Run every probe that is due at this step and can be run on this state."""
-        able = bool(state.parameters) and state.probe is not None and state.loss_fn is not None
         for probe in self._probes:
-            if (able or not probe.needs_loss) and probe.due.due(state.step, self.training_seconds):
+            if probe.applies(state) and probe.due.due(state.step, self.training_seconds):
                 self.measure(probe, state, keep)
 
     def measure(
@@ -49,9 +48,9 @@ class Sampler:
         before = time.perf_counter()
         seen: Measurements = {}
         try:
-            with self._boundary(probe.name), self._guard():
+            with self._boundary(probe.name), self._guarded():
                 seen = probe.measure(state)
-                _wait_for(state.parameters[0].device if state.parameters else None)
+                _wait_for(state)
         finally:
             seconds = time.perf_counter() - before
             self._seconds += seconds
@@ -60,9 +59,7 @@ class Sampler:
         for text in getattr(probe, "notices", ()):
             self._boundary.tell(probe.name, text)
         if seen:
-            cost = self.cost.setdefault(
-                probe.name, {"seconds": 0.0, "samples": 0, "products": 0}
-            )
+            cost = self.cost.setdefault(probe.name, {"seconds": 0.0, "samples": 0, "products": 0})
             cost["seconds"] += seconds
             cost["samples"] += 1
             cost["products"] += sum(
@@ -70,7 +67,7 @@ class Sampler:
             )
 
 
-def _wait_for(device: Any) -> None:
+def _wait_for(state: TrainState) -> None:
     # A sample's cost is known only when it is done; samples are few and have waited before.
-    if device is not None and device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if state.parameters and state.parameters[0].device.type == "cuda":
+        torch.cuda.synchronize(state.parameters[0].device)

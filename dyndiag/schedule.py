@@ -54,38 +54,55 @@ class LogSpaced:
         self._last = step
 
 
+@dataclass
+class Grace:
+    """Seconds that all probes of a run together may take whatever their shares."""
+
+    seconds: float
+    spent: float = 0.0
+
+    def covers(self, cost: float) -> bool:
+        return self.spent + cost <= self.seconds
+
+
 class Budget:
     """As often as a share of training time allows, at odd intervals.
 
-    The share accrues with training time and is spent by each sample; a pause does not lead to
-    a burst, because at most four samples' worth is kept. The first sample is always taken.
-    Up to `grace` seconds in all, log-spaced samples are taken whatever their share, so that
-    runs of seconds are seen whole.
+    The share accrues with training time, and a sample is taken once it pays for it. Before that,
+    out of a grace common to all probes, come log-spaced samples, so that toy runs are seen whole;
+    they count against the share, which then first has to make up for them. So what probes have
+    taken stays below the grace or their shares of training time, whichever is more, but for errors
+    in foreseeing a sample's cost: that of the last one, and of the first `gradients` times the
+    mean step. A pause leads to no burst: at most four samples' worth is kept.
     """
 
-    def __init__(self, share: float, grace: float = 0.0, per_e_fold: int = 32) -> None:
-        self._share, self._grace = share, grace
+    def __init__(
+        self, share: float, grace: Grace, gradients: float = 0.0, per_e_fold: int = 32
+    ) -> None:
+        self._share, self._grace, self._gradients = share, grace, gradients
         self._spaced = LogSpaced(per_e_fold)
         self._last: int | None = None
-        self._cost = self._spent = self._saved = self._seen = 0.0
+        self._steps = 0
+        self._cost = self._saved = self._seen = 0.0
 
     def due(self, step: int, training_seconds: float) -> bool:
+        self._steps += 1
         self._saved += self._share * (training_seconds - self._seen)
         self._seen = training_seconds
         if self._last is None:
-            return True
-        self._saved = min(self._saved, 4 * self._cost)
-        if (step - self._last) % 2 == 0:
-            return False
+            self._cost = self._gradients * training_seconds / self._steps
+        else:
+            self._saved = min(self._saved, 4 * self._cost)
+            if (step - self._last) % 2 == 0:
+                return False
         if self._saved >= self._cost:
             return True
-        within_grace = self._spent + self._cost <= self._grace
-        return within_grace and self._spaced.due(step, training_seconds)
+        return self._grace.covers(self._cost) and self._spaced.due(step, training_seconds)
 
     def paid(self, step: int, seconds: float) -> None:
         self._last, self._cost = step, seconds
-        self._spent += seconds
         self._saved -= seconds
+        self._grace.spent += seconds
         self._spaced.paid(step, seconds)
 
 
@@ -97,7 +114,7 @@ class FixedInterval:
     three times longer; it never becomes shorter.
     """
 
-    def __init__(self, share: float, grace: float = 0.0, interval: int = 11) -> None:
+    def __init__(self, share: float, grace: Grace, interval: int = 11) -> None:
         self._share, self._grace = share, grace
         self.interval = interval
         self._last: int | None = None
@@ -108,11 +125,13 @@ class FixedInterval:
             return True
         if step - self._last < self.interval:
             return False
-        if self._spent + self._cost > max(self._grace, self._share * training_seconds):
-            self.interval *= 3
-            return False
-        return True
+        share_pays = self._spent + self._cost <= self._share * training_seconds
+        if share_pays or self._grace.covers(self._cost):
+            return True
+        self.interval *= 3
+        return False
 
     def paid(self, step: int, seconds: float) -> None:
         self._last, self._cost = step, seconds
         self._spent += seconds
+        self._grace.spent += seconds

@@ -93,8 +93,7 @@ def batches(kind: str, count: int, seed: int = 0) -> list[tuple[Tensor, Tensor]]
         return [(tokens[:, :-1], tokens[:, 1:]) for tokens in draws]
     shape = {"mlp": (6, 8), "conv": (6, 1, 8, 8), "lstm": (6, 5, 8)}[kind]
     return [
-        (torch.randn(shape, generator=g), torch.randint(4, (6,), generator=g))
-        for _ in range(count)
+        (torch.randn(shape, generator=g), torch.randint(4, (6,), generator=g)) for _ in range(count)
     ]
 
 

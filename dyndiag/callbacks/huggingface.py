@@ -1,4 +1,4 @@
-"""Diagnose a `transformers.Trainer` run: `Trainer(..., callbacks=[DyndiagCallback(run="runs/x")])`."""
+"""Diagnose a Hugging Face run: `Trainer(..., callbacks=[DyndiagCallback(run="runs/x")])`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ except ModuleNotFoundError as missing:
     ) from missing
 
 
-class DyndiagCallback(TrainerCallback):  # type: ignore[misc]
+class DyndiagCallback(TrainerCallback):
     """Watches the trainer's own model and optimizer from its first step to its last.
 
     Batches and loss are read off the model's forward, so they are those of the step: all
@@ -35,14 +35,12 @@ class DyndiagCallback(TrainerCallback):  # type: ignore[misc]
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        *,
-        model: Any,
-        optimizer: Any,
-        **_: Any,
+        **kwargs: Any,
     ) -> None:
         self._close()
+        optimizer = kwargs["optimizer"]
         self._monitor = Monitor(
-            model,
+            kwargs["model"],
             getattr(optimizer, "optimizer", optimizer),  # accelerate wraps it
             self._loss_fn,
             run=self._run,
@@ -51,13 +49,13 @@ class DyndiagCallback(TrainerCallback):  # type: ignore[misc]
         )
 
     def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self._monitor is not None:
             self._monitor.step()
 
     def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._close()
 

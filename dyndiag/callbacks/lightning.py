@@ -22,7 +22,7 @@ except ModuleNotFoundError as missing:
     ) from missing
 
 
-class DyndiagCallback(Callback):  # type: ignore[misc]
+class DyndiagCallback(Callback):
     """Watches the trainer's module and its first optimizer from the first step to the last.
 
     The loss of a batch is what `training_step` returns for it, computed anew with logging off;

@@ -60,14 +60,14 @@ def loss_hessian(loss: Callable[[], Tensor], parameters: Sequence[Tensor]) -> Lo
             "the loss depends on none of the trainable parameters: compute it with the model "
             "whose Hessian you ask for"
         )
-    built_at = [p._version for p in parameters]
+    built_at = _versions(parameters)
     sizes = [p.numel() for p in parameters]
     dtype = _vector_dtype(parameters)
     curved = [i for i, part in enumerate(gradient) if part is not None and part.requires_grad]
     outputs = [gradient[i] for i in curved]
 
     def product(v: Tensor) -> Tensor:
-        if [p._version for p in parameters] != built_at:
+        if _versions(parameters) != built_at:
             raise DyndiagError(
                 "the parameters have changed since this Hessian was built: build it again at the "
                 "new weights"
@@ -166,6 +166,11 @@ def _one_number(loss: Any) -> Tensor:
             "batch and the weights first"
         )
     return loss.reshape(())
+
+
+def _versions(parameters: Sequence[Tensor]) -> list[tuple[int, int]]:
+    """Changes with every in-place change of a parameter, and when its storage is replaced."""
+    return [(p._version, p.data_ptr()) for p in parameters]
 
 
 def _vector_dtype(parameters: Sequence[Tensor]) -> torch.dtype:

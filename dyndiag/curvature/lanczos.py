@@ -14,8 +14,12 @@ from dyndiag.curvature.operator import Operator
 
 Floats = NDArray[np.float64]
 
-ROUNDING = 32.0
-"""Rounding of a product and its reorthogonalisation, in units of eps · (largest |Ritz value|)."""
+ROUNDING = 64.0
+"""Rounding of a product and its reorthogonalisation, in units of eps · (largest |Ritz value|).
+
+In float32, converged pairs of small networks (1,500 to 350,000 parameters) had ‖Av − λv‖ of 4 to
+20 such units, recomputed, where the recurrence said zero.
+"""
 
 
 class Lanczos:

@@ -1,6 +1,6 @@
-"""A small transformer at too high a learning rate: long calm, then the loss jumps by a factor of 40.
+"""A small transformer at too high a learning rate: long calm, then the loss jumps many times over.
 
-A character model memorises 32 excerpts of the Python standard library's own source, with Adam at
+A character model memorises 16 excerpts of the Python standard library's own source, with Adam at
 η = 0.02. Once it has, gradients are tiny, the second moment decays, and the effective step grows
 until it passes the threshold of the preconditioned sharpness; the loss jumps a few steps later.
 After Bai et al. 2025, arXiv 2506.04805.
@@ -82,15 +82,13 @@ def excerpts(count: int) -> tuple[Tensor, Tensor]:
 
 
 def train(folder: Path, progress: Progress) -> None:
-    """500 steps on the same 32 excerpts, with a short warm-up."""
-    batch = excerpts(32)
+    """500 steps on the same 16 excerpts, with a short warm-up."""
+    batch = excerpts(16)
     torch.manual_seed(0)
     model = CharacterModel()
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=0.02, betas=(0.9, 0.95), weight_decay=0.0
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.02, betas=(0.9, 0.95), weight_decay=0.0)
     warm_up = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1 / 30, total_iters=30)
-    with Monitor(model, optimizer, next_character, run=folder, budget=1.0) as monitor:
+    with Monitor(model, optimizer, next_character, run=folder, budget=6.0) as monitor:
         for step in range(STEPS):
             loss = next_character(model, batch)
             loss.backward()

@@ -82,14 +82,12 @@ class EdgeOfStability:
         self._samples += 1
         self._median.push(ratio.value)
         self._certified.append(ratio.certified)
-        if self._open is None and ratio.value < self.gate * self._wider:
-            self._steps = _Steps()
-        if not self._median.full:
-            return []
-        self._lowest = min(self._lowest, self._median.value)
+        if self._median.full:
+            self._lowest = min(self._lowest, self._median.value)
         stay = self._open
         if stay is None:
             if not (ratio.certified and self._arrives()):
+                self._steps = _Steps()
                 return []
             stay = self._open = _Stay(
                 self._series,
@@ -142,6 +140,8 @@ class EdgeOfStability:
         return Sample(ratio.value / self._threshold, ratio.certified)
 
     def _arrives(self) -> bool:
+        if not self._median.full:
+            return False
         middle = self._median.value
         lately = list(self._median.values)[-_CONSECUTIVE:]
         return (
@@ -190,7 +190,7 @@ def undecided(ratios: Sequence[float], rule: EdgeOfStability | None = None) -> b
 
 @dataclass
 class _Steps:
-    """Counts since the ratio passed the gate."""
+    """Counts since the last sample before the edge."""
 
     taken: int = 0
     raised: int = 0

@@ -6,7 +6,7 @@ import math
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from itertools import islice
+from itertools import dropwhile, islice
 from typing import ClassVar, NamedTuple
 
 from dyndiag.detectors.windows import RunningMedian, median
@@ -42,8 +42,8 @@ class LossSpike:
     of `sparse` steps between points; below `lone` levels its confidence stays under one half.
     Nothing starts within `quiet` rows of a learning rate that rose `jump` times at once.
 
-    Severity: peak / level before. `end`: the first point after the peak from which the median of
-    five is back in the band, which is `band` times the level, or the largest deviation of the last
+    Severity: peak / level before. `end`: the first point after the peak in the band where the
+    median of five is too; the band is `band` times the level, or the largest deviation of the last
     20 calm points. `steps_to_recover`: from the start until a median of five is at the lowest level
     before the spike; absent until then.
 
@@ -151,9 +151,9 @@ class LossSpike:
         self._aftermath.learn(loss)
         after_peak = self._aftermath.learned >= _RETURN
         if after_peak and median(value for _, value in self._last) <= spike.top:
-            spike.end = self._last[0][0]
-            self._open = None
-            for _, value in self._last:  # flagged or not, lest the next spike opens on them
+            back = list(dropwhile(lambda point: point[1] > spike.top, self._last))
+            spike.end, self._open = back[0][0], None
+            for _, value in back:  # flagged or not, lest the next spike opens on them
                 self._learn(value)
             return [spike]
         return [spike] if lone and spike.points_out > 1 else []

@@ -94,6 +94,7 @@ class ProgressiveSharpening:
             minibatch = self._full_batch == 0
             rise = self._open = _Rise(self._series, step, trend, minibatch, self.rise)
         self._failed = 0 if rising else self._failed + 1
+        rise.z = max(rise.z, trend.z if trend else 0.0)
         changed = rise.take(point)
         if point.certified and (not below_edge or self._failed >= self.fails):
             rise.end, self._open = step, None
@@ -152,7 +153,9 @@ class _Rise:
     ) -> None:
         self.series = series
         self.start = start
-        self.trend = trend
+        self.since = trend.points[0].step
+        self.value = trend.rise
+        self.z = trend.z
         self.minibatch = minibatch
         self.threshold = threshold
         self.first = median(point.value for point in trend.points[:3])
@@ -174,21 +177,21 @@ class _Rise:
     def confidence(self) -> float:
         if self.minibatch:
             return 0.8
-        sure = self.certified == self.samples and self.trend.z > 3
+        sure = self.certified == self.samples and self.z > 3
         return 0.95 if sure else 0.85
 
     def event(self) -> Event:
         factor = self.highest / self.first
         details: dict[str, float | str] = {
             "threshold": self.threshold,
-            "value": self.trend.rise,
+            "value": self.value,
             "factor": factor,
             "median_before": self.first,
             "peak_value": self.highest,
-            "since": self.trend.points[0].step,
+            "since": self.since,
             "samples": self.samples,
             "certified": self.certified,
-            "z": self.trend.z,
+            "z": self.z,
         }
         if self.minibatch:
             details["in_doubt"] = "minibatch"

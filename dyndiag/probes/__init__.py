@@ -6,6 +6,7 @@ of their own, each on its share of the budget.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from dyndiag.probes.continual import AfterSwitch, ContinualAccuracy
@@ -13,7 +14,7 @@ from dyndiag.probes.curvature import BatchSharpness, Density, Sharpness, Trace
 from dyndiag.probes.predictions import Predictions
 from dyndiag.probes.stability import RealisedEdge
 from dyndiag.probes.step import Step, StepWatch
-from dyndiag.schedule import Budget, FixedInterval, Schedule
+from dyndiag.schedule import Budget, FixedInterval, Grace, Schedule
 from dyndiag.state import Measurements, TrainState
 
 GRACE = 2.0
@@ -23,33 +24,30 @@ GRACE = 2.0
 class Probe(Protocol):
     """Measures some series of one area, on its own schedule, inside the guard.
 
-    `needs_loss`: only where the loss of a batch can be computed. `notices`, if there is one,
-    holds sentences for the user, each told once.
+    `applies` says, for nothing, whether there is anything to measure on. `notices`, if there is
+    such an attribute, holds sentences for the user, each told once.
     """
 
     @property
     def name(self) -> str: ...
     @property
-    def needs_loss(self) -> bool: ...
-    @property
     def due(self) -> Schedule: ...
+    @property
+    def applies(self) -> Callable[[TrainState], bool]: ...
     def measure(self, state: TrainState) -> Measurements: ...
 
 
 def sampled_probes(share: float) -> tuple[ContinualAccuracy, list[Probe]]:
     """The probes that take passes of their own, with `share` of training time divided up."""
-
-    def part(of: float) -> tuple[float, float]:
-        return (of * share, of * GRACE)
-
-    continual = ContinualAccuracy(AfterSwitch(*part(0.2)))
+    grace = Grace(GRACE)
+    continual = ContinualAccuracy(AfterSwitch(0.2 * share, grace))
     return continual, [
-        Predictions(FixedInterval(*part(0.1))),
-        RealisedEdge(Budget(*part(0.05))),
-        Sharpness(Budget(*part(0.4))),
-        BatchSharpness(Budget(*part(0.1))),
-        Trace(Budget(*part(0.075))),
-        Density(Budget(*part(0.075), per_e_fold=1)),
+        Predictions(FixedInterval(0.1 * share, grace)),
+        RealisedEdge(Budget(0.05 * share, grace, gradients=2)),
+        Sharpness(Budget(0.5 * share, grace, gradients=60)),
+        BatchSharpness(Budget(0.05 * share, grace, gradients=4)),
+        Trace(Budget(0.05 * share, grace, gradients=25, per_e_fold=8)),
+        Density(Budget(0.05 * share, grace, gradients=250, per_e_fold=1)),
         continual,
     ]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from dyndiag.batches import ForwardCall
-from dyndiag.probes.forward import Boundary, Hook, is_compiled
+from dyndiag.probes.forward import Boundary, Hook, is_compiled, unguarded
 from dyndiag.schedule import Every
 from dyndiag.state import Measurements
 
@@ -38,7 +38,7 @@ class AttentionLogits:
     sequences taken, in tiles (a read, where the model holds the scores). No host sync.
     """
 
-    def __init__(self, model: nn.Module, boundary: Boundary = nullcontext) -> None:
+    def __init__(self, model: nn.Module, boundary: Boundary = unguarded) -> None:
         self._boundary = boundary
         self._names = {module: name or "model" for name, module in model.named_modules()}
         self._full_due = Every(11)
@@ -100,12 +100,12 @@ class AttentionLogits:
 
     def _enter_mode(self) -> None:
         mode = _Intercept(self._read)
-        mode.__enter__()
+        mode.__enter__()  # type: ignore[no-untyped-call]
         self._modes.append(mode)
 
     def _leave_mode(self) -> None:
         if self._modes:
-            self._modes.pop().__exit__(None, None, None)
+            self._modes.pop().__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         if self._live and not self._tracing:
@@ -197,20 +197,34 @@ def _of_dot_product(
         key = key.repeat_interleave(query.shape[-3] // key.shape[-3], dim=-3)
 
     def tiles(count: int) -> Iterable[Tensor]:
-        q, k = query[:count], key[:count]
-        rows = max(1, _TILE // max(1, q[..., 0, 0].numel() * k.shape[-2]))
+        q, k = query[:count].flatten(0, -3), key[:count].flatten(0, -3).transpose(-2, -1)
+        rows = max(1, _TILE // max(1, q.shape[0] * k.shape[-1]))
         for first in range(0, q.shape[-2], rows):
-            part = q[..., first : first + rows, :]
-            z = (part @ k.transpose(-2, -1)) * factor
-            if attn_mask is not None:
-                z = _masked(z, attn_mask, first, count)
-            if is_causal:
-                row = torch.arange(first, first + part.shape[-2], device=z.device)
-                column = torch.arange(k.shape[-2], device=z.device)
-                z = z.masked_fill(column > row[:, None], -torch.inf)
-            yield z
+            part = q[:, first : first + rows]
+            bias = _causal(first, part.shape[-2], k.shape[-1], q) if is_causal else q.new_zeros(())
+            # One call for product, scale and mask: on small batches calls are what costs.
+            z = torch.baddbmm(bias, part, k, alpha=factor)
+            yield (
+                z
+                if attn_mask is None
+                else _masked(z.unflatten(0, query[:count].shape[:-2]), attn_mask, first, count)
+            )
 
     return _Scores(query.shape[0], tiles)
+
+
+@lru_cache(maxsize=8)
+def _causal_bias(
+    first: int, rows: int, columns: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    row = torch.arange(first, first + rows, device=device)[:, None]
+    hidden = torch.arange(columns, device=device) > row
+    return torch.zeros(rows, columns, dtype=dtype, device=device).masked_fill(hidden, -torch.inf)
+
+
+def _causal(first: int, rows: int, columns: int, like: Tensor) -> Tensor:
+    """−inf where the key comes after the query, else 0; shape (rows, columns)."""
+    return _causal_bias(first, rows, columns, like.dtype, like.device)
 
 
 def _masked(z: Tensor, mask: Tensor, first: int, count: int) -> Tensor:
@@ -257,7 +271,8 @@ def _of_multi_head(
     def heads(x: Tensor, which: int, count: int) -> Tensor:
         weight, bias = weights[which], biases[which]
         assert weight is not None
-        y = F.linear(x[:, :count].detach(), weight.detach(), None if bias is None else bias.detach())
+        offset = None if bias is None else bias.detach()
+        y = F.linear(x[:, :count].detach(), weight.detach(), offset)
         return y.transpose(0, 1).unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
     def tiles(count: int) -> Iterable[Tensor]:
@@ -274,9 +289,7 @@ def _of_multi_head(
                     hide = hides.dtype == torch.bool
                     z = z.masked_fill(hides, -torch.inf) if hide else z + hides.detach()
             if is_causal and mask is None:
-                row = torch.arange(first, first + z.shape[-2], device=z.device)
-                column = torch.arange(k.shape[-2], device=z.device)
-                z = z.masked_fill(column > row[:, None], -torch.inf)
+                z = z + _causal(first, z.shape[-2], z.shape[-1], z)
             yield z
 
     return _Scores(query.shape[1], tiles)

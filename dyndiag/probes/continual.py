@@ -7,6 +7,7 @@ from torch import Tensor
 
 from dyndiag.errors import DyndiagError
 from dyndiag.probes.predictions import correct_predictions
+from dyndiag.schedule import Grace
 from dyndiag.state import Measurements, Task, TrainState
 
 
@@ -14,12 +15,12 @@ class AfterSwitch:
     """At every step for 100 steps after a task switch, then at every 11th, within a share.
 
     The share accrues while nothing happens and is spent where minima are: after a switch every
-    step is due as long as something is left (`grace` seconds are there from the start); between
-    switches half of it is kept. Where evaluations are too dear for that, they come at longer
-    distances, and minima between them are missed.
+    step is due as long as something of it is left (or of the grace); between switches half of it
+    is kept. Where evaluations are too dear for that they come at longer distances, and minima
+    between them are missed.
     """
 
-    def __init__(self, share: float, grace: float = 0.0) -> None:
+    def __init__(self, share: float, grace: Grace) -> None:
         self._share, self._grace = share, grace
         self._switch = self._last = -(10**9)
         self._cost = self._spent = 0.0
@@ -29,14 +30,16 @@ class AfterSwitch:
         self._switch = step
 
     def due(self, step: int, training_seconds: float) -> bool:
-        allowed = max(self._grace, self._share * training_seconds)
-        if step - self._switch < 100:
-            return self._spent + self._cost <= allowed
-        return step - self._last >= 11 and self._spent + self._cost <= allowed / 2
+        after_switch = step - self._switch < 100
+        if not after_switch and step - self._last < 11:
+            return False
+        allowed = self._share * training_seconds * (1 if after_switch else 0.5)
+        return self._spent + self._cost <= allowed or self._grace.covers(self._cost)
 
     def paid(self, step: int, seconds: float) -> None:
         self._last, self._cost = step, seconds
         self._spent += seconds
+        self._grace.spent += seconds
 
 
 class ContinualAccuracy:
@@ -48,7 +51,6 @@ class ContinualAccuracy:
     """
 
     name = "ContinualAccuracy"
-    needs_loss = False
 
     def __init__(self, due: AfterSwitch) -> None:
         self.due = due
@@ -56,20 +58,26 @@ class ContinualAccuracy:
 
     def start(self, task: Task, step: int) -> None:
         """From `step` on the training is on `task`."""
+        if not isinstance(task.name, str) or not task.name.isprintable() or not task.name:
+            raise DyndiagError(
+                f"a task's name becomes part of its series' name: expected a short text, "
+                f"got {task.name!r}"
+            )
         if not task.eval_batches:
             raise DyndiagError(
                 f"task {task.name!r} has no evaluation batches: pass a list with at least one, "
                 "as the model takes them"
             )
         if any(known.name == task.name for known in self.tasks):
-            raise DyndiagError(f"task {task.name!r} was started before: give each task its own name")
+            raise DyndiagError(f"task {task.name!r} was started before: name each task anew")
         self.tasks.append(task)
         self.due.switched(step)
 
+    def applies(self, state: TrainState) -> bool:
+        return bool(self.tasks)
+
     @torch.no_grad()
     def measure(self, state: TrainState) -> Measurements:
-        if not self.tasks:
-            return {}
         state.model.eval()
         seen: Measurements = {"continual/task": float(len(self.tasks) - 1)}
         for task in self.tasks:

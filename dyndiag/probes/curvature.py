@@ -6,7 +6,14 @@ import torch
 from torch import Tensor
 
 from dyndiag.batches import same_data
-from dyndiag.curvature import Eigenpairs, Operator, eigenpairs, loss_hessian, spectral_density, trace
+from dyndiag.curvature import (
+    Eigenpairs,
+    Operator,
+    eigenpairs,
+    loss_hessian,
+    spectral_density,
+    trace,
+)
 from dyndiag.optimizers import (
     Unknown,
     UpdateRule,
@@ -20,6 +27,11 @@ from dyndiag.values import Estimate
 
 _TOLERANCE = 1e-2
 """Residual over value; with the certificate's 1 % that is what a threshold can be judged by."""
+
+
+def can_measure_loss(state: TrainState) -> bool:
+    """Whether there is a loss of the probe batch, and a parameter to differentiate it by."""
+    return bool(state.parameters) and state.loss_fn is not None and state.probe is not None
 
 
 class Sharpness:
@@ -39,10 +51,10 @@ class Sharpness:
     """
 
     name = "Sharpness"
-    needs_loss = True
 
     def __init__(self, due: Schedule) -> None:
         self.due = due
+        self.applies = can_measure_loss
         self.notices: list[str] = []
         self._generator = torch.Generator().manual_seed(0)
         self._warm: dict[str, Tensor] = {}
@@ -59,20 +71,19 @@ class Sharpness:
         if rule.preconditioned:
             preconditioned = self._largest("preconditioned", preconditioned_operator(hessian, rule))
             seen["curvature/preconditioned_sharpness"] = preconditioned
-            seen |= self._edge(hessian, rule, preconditioned)
+            seen = seen | self._edge(hessian, rule, preconditioned)
         else:
-            seen |= self._edge(hessian, rule, sharpness)
+            seen = seen | self._edge(hessian, rule, sharpness)
         seen["stability/warmup"] = float(rule.warmup)
-        full_batch = state.batch is not None and same_data(state.batch, state.probe)
-        seen["stability/full_batch"] = float(full_batch)
+        seen["stability/full_batch"] = float(same_data(state.batch, state.probe))
         return seen
 
     def _edge(self, hessian: Operator, rule: UpdateRule, sharpness: Estimate) -> Measurements:
-        threshold = rule.threshold()
-        if threshold is None:  # groups or decays differ: an eigenproblem of its own
+        line, threshold = rule.edge_ratio_line(), rule.threshold()
+        if line is None or threshold is None:  # groups or decays differ: an eigenproblem of its own
             twice = self._largest("edge", edge_operator(hessian, rule))
             return {"stability/edge_ratio": _mapped(twice, 0.5, 0.0, twice.products)}
-        slope, offset = rule.edge_ratio_line()
+        slope, offset = line
         return {
             "stability/threshold": threshold,
             "stability/edge_ratio": _mapped(sharpness, slope, offset, 0),
@@ -122,14 +133,14 @@ class BatchSharpness:
     """
 
     name = "BatchSharpness"
-    needs_loss = True
 
     def __init__(self, due: Schedule) -> None:
         self.due = due
 
+    def applies(self, state: TrainState) -> bool:
+        return can_measure_loss(state) and state.batch is not None
+
     def measure(self, state: TrainState) -> Measurements:
-        if state.batch is None:
-            return {}
         state.model.eval()
         hessian = loss_hessian(state.batch_loss, state.parameters)
         g = hessian.gradient
@@ -145,10 +156,10 @@ class Trace:
     """
 
     name = "Trace"
-    needs_loss = True
 
     def __init__(self, due: Schedule) -> None:
         self.due = due
+        self.applies = can_measure_loss
         self._generator = torch.Generator().manual_seed(1)
 
     def measure(self, state: TrainState) -> Measurements:
@@ -174,10 +185,10 @@ class Density:
     """
 
     name = "Density"
-    needs_loss = True
 
     def __init__(self, due: Schedule) -> None:
         self.due = due
+        self.applies = can_measure_loss
         self._generator = torch.Generator().manual_seed(2)
 
     def measure(self, state: TrainState) -> Measurements:

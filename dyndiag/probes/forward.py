@@ -13,9 +13,13 @@ from torch.utils.hooks import RemovableHandle
 from dyndiag.batches import ForwardCall, MicroBatches, loss_of
 from dyndiag.state import Measurements
 
-
 Boundary = Callable[[str], AbstractContextManager[None]]
 """What keeps a failure of the named part away from the training: the monitor's one catch."""
+
+
+def unguarded(name: str) -> AbstractContextManager[None]:
+    """No boundary: failures come through."""
+    return nullcontext()
 
 
 class Hook:
@@ -29,7 +33,7 @@ class Hook:
         self,
         call: Callable[..., None] | None = None,
         name: str = "",
-        boundary: Boundary = nullcontext,
+        boundary: Boundary = unguarded,
     ) -> None:
         self._call, self._name, self._boundary = call, name, boundary
 
@@ -65,7 +69,7 @@ class ForwardWatch:
     """
 
     def __init__(
-        self, model: nn.Module, observers: list[Observer], boundary: Boundary = nullcontext
+        self, model: nn.Module, observers: list[Observer], boundary: Boundary = unguarded
     ) -> None:
         self._model = model
         self._observers = observers
@@ -79,9 +83,7 @@ class ForwardWatch:
         self.losses: list[Tensor] = []
         self.half_precision = False
         self._handles: list[RemovableHandle] = []
-        enter, leave = (
-            Hook(call, "ForwardWatch", boundary) for call in (self._enter, self._leave)
-        )
+        enter, leave = (Hook(call, "ForwardWatch", boundary) for call in (self._enter, self._leave))
         inside = () if is_compiled(model) else model.children()
         for module in (model, *inside):
             self._handles += [

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from dyndiag.probes.forward import Boundary, Hook, unguarded
 from dyndiag.probes.modules import ModuleNorms, module_names
 from dyndiag.state import Measurements
 
@@ -29,7 +31,12 @@ class GradientNorm:
 
     name = "GradientNorm"
 
-    def __init__(self, names: Sequence[str], parameters: Sequence[nn.Parameter]) -> None:
+    def __init__(
+        self,
+        names: Sequence[str],
+        parameters: Sequence[nn.Parameter],
+        boundary: Boundary = unguarded,
+    ) -> None:
         self._parameters = tuple(parameters)
         self._owners = module_names(names)
         self._norms = ModuleNorms(names)
@@ -37,14 +44,13 @@ class GradientNorm:
         self._watched = _few_small(self._parameters)
         self._seen: dict[int, tuple[int, Tensor]] = {}
         self.scaled_loss = False
-        self._hooks = [p.register_post_accumulate_grad_hook(self._accumulated) for p in self._watched]
+        hook = Hook(self._accumulated, self.name, boundary)
+        self._hooks = [p.register_post_accumulate_grad_hook(hook) for p in self._watched]
 
     def _accumulated(self, parameter: Tensor) -> None:
         grad = parameter.grad
         if grad is not None and not grad.is_sparse:
-            with torch.no_grad():
-                norm = torch.linalg.vector_norm(grad, dtype=torch.float64)
-            self._seen[id(parameter)] = (grad._version, norm)
+            self._seen[id(parameter)] = (grad._version, grad.detach().clone())
 
     def detach(self) -> None:
         """Take the hooks off the parameters."""
@@ -82,24 +88,23 @@ class GradientNorm:
         return self._alike
 
     def _series(self, norms: Tensor) -> Measurements:
-        present = {m for m, p in zip(self._owners, self._parameters, strict=True) if p.grad is not None}
-        if len(present) == len(self._norms.modules):
-            return {("gradients/norm", *(f"gradients/norm/{m}" for m in self._norms.modules)): norms}
-        kept = [i for i, module in enumerate(self._norms.modules, 1) if module in present]
-        names = ("gradients/norm", *(f"gradients/norm/{self._norms.modules[i - 1]}" for i in kept))
+        owners = zip(self._owners, self._parameters, strict=True)
+        present = {module for module, p in owners if p.grad is not None}
+        modules = self._norms.modules
+        if len(present) == len(modules):
+            return {("gradients/norm", *(f"gradients/norm/{module}" for module in modules)): norms}
+        kept = [i for i, module in enumerate(modules, 1) if module in present]
+        names = ("gradients/norm", *(f"gradients/norm/{modules[i - 1]}" for i in kept))
         return {names: norms[[0, *kept]]}
 
     def _shrunk(self) -> list[Tensor] | None:
-        """Norm now over norm after the backward pass, of each watched gradient that was changed
-        in place since; None if none was."""
-        ratios, changed = [], False
-        for p in self._watched:
-            if p.grad is None or id(p) not in self._seen:
-                continue
-            version, norm = self._seen[id(p)]
-            changed |= p.grad._version != version
-            ratios.append(torch.linalg.vector_norm(p.grad, dtype=torch.float64) / norm)
-        return ratios if changed else None
+        """Norm now over norm after the backward pass, of each watched gradient, if one of them
+        was changed in place since; None if none was."""
+        here = [p for p in self._watched if p.grad is not None and id(p) in self._seen]
+        if not any(p.grad._version != self._seen[id(p)][0] for p in here if p.grad is not None):
+            return None
+        norm = partial(torch.linalg.vector_norm, dtype=torch.float64)
+        return [norm(p.grad) / norm(self._seen[id(p)][1]) for p in here]
 
 
 def _few_small(parameters: Sequence[nn.Parameter], count: int = 4) -> list[nn.Parameter]:

@@ -34,7 +34,6 @@ class Predictions:
     """
 
     name = "Predictions"
-    needs_loss = False
 
     def __init__(self, due: FixedInterval) -> None:
         self.due = due
@@ -42,10 +41,12 @@ class Predictions:
         self._before_step = 0
         self._distance: int | None = None
 
+    def applies(self, state: TrainState) -> bool:
+        return state.probe is not None
+
     @torch.no_grad()
     def measure(self, state: TrainState) -> Measurements:
-        if state.probe is None:
-            return {}
+        assert state.probe is not None
         state.model.eval()
         loss, logits = loss_and_logits(state.model, state.loss_fn, state.probe)
         seen: Measurements = {} if loss is None else {"predictions/loss": loss}

@@ -8,6 +8,9 @@ from dyndiag.optimizers import Unknown, read_rule
 from dyndiag.schedule import Schedule
 from dyndiag.state import Measurements, TrainState
 
+_LONGEST_WARM_UP = 100
+"""Steps; ln 0.01 / ln β₁ is 44 at β₁ = 0.9 and 90 at 0.95."""
+
 
 class RealisedEdge:
     """`stability/realised_edge` ζ of a step taken while the optimizer warms up.
@@ -21,14 +24,20 @@ class RealisedEdge:
     """
 
     name = "RealisedEdge"
-    needs_loss = True
 
     def __init__(self, due: Schedule) -> None:
         self.due = due
 
+    def applies(self, state: TrainState) -> bool:
+        return (
+            state.step < _LONGEST_WARM_UP
+            and state.weights_before is not None
+            and state.loss_fn is not None
+            and state.batch is not None
+        )
+
     def measure(self, state: TrainState) -> Measurements:
-        if state.weights_before is None or state.batch is None:
-            return {}
+        assert state.weights_before is not None
         rule = read_rule(state.optimizer, state.parameters, state.learning_rates)
         if isinstance(rule, Unknown) or not rule.warmup:
             return {}

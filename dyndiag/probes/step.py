@@ -51,7 +51,7 @@ class StepWatch:
         self._attention = AttentionLogits(model, boundary)
         self._forward = ForwardWatch(model, [OutputLogits(), self._attention], boundary)
         self._forward.before = lambda: begins(False)
-        self._gradients = GradientNorm(names, parameters) if parameters else None
+        self._gradients = GradientNorm(names, parameters, boundary) if parameters else None
         self._updates = UpdateRatio(names)
         self._step: Step | None = None
         self._taken: Step | None = None

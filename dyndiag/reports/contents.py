@@ -15,6 +15,7 @@ from dyndiag.reports.thinning import Floats, Steps
 from dyndiag.store import Run
 from dyndiag.values import Event
 
+REPLAYED = 250_000  # steps of a run whose detectors are replayed, at some 40 µs each
 STATUS = {"c": "certified", "p": "provisional", "o": "not converged"}
 PARTS = ("gradients/norm/", "updates/ratio/", "attention/logit_max/")  # one series a module
 CURVATURE = (
@@ -184,7 +185,8 @@ def contents(run: Run) -> Contents:
         replay=how,
         disagreements=differences,
         ended=str(metadata.get("finished") or ""),
-        alive=not metadata.get("finished") and (run.folder / "run.db").stat().st_mtime > time.time() - 120,
+        alive=not metadata.get("finished")
+        and (run.folder / "run.db").stat().st_mtime > time.time() - 120,
         parts={prefix: _forward(names, prefix, metadata) for prefix in PARTS},
     )
 
@@ -206,6 +208,8 @@ def _events(
 ) -> tuple[tuple[Event, ...], str, tuple[str, ...]]:
     """The events to show: the replay's, with what it and the store do not agree on."""
     parameters = metadata.get("detectors")
+    if parameters and (run.last_step or 0) > REPLAYED:
+        return tuple(stored), f"not replayed: more than {REPLAYED:,} steps", ()
     if not parameters:
         if stored:
             return tuple(stored), "the run keeps no detector settings; its own events are shown", ()
@@ -283,9 +287,7 @@ def _has_nodes(run: Run) -> bool:
     return "curvature/density_nodes" in run.array_names
 
 
-def _forward(
-    names: Iterable[str], prefix: str, metadata: Mapping[str, Any]
-) -> tuple[str, ...]:
+def _forward(names: Iterable[str], prefix: str, metadata: Mapping[str, Any]) -> tuple[str, ...]:
     """Modules that have a series under `prefix`, in the model's order."""
     found = [name[len(prefix) :] for name in names if name.startswith(prefix)]
     model = metadata.get("model")

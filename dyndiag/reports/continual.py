@@ -57,7 +57,7 @@ def starts(c: Contents) -> dict[str, int]:
         return {task: int(told[task]) for task in tasks}
     index = c.series.get("continual/task")
     if index is None:
-        return {task: c.first for task in tasks[:1]}
+        return dict.fromkeys(tasks[:1], c.first)
     return {
         task: int(index.steps[np.flatnonzero(index.values == i)[0]])
         for i, task in enumerate(tasks)
@@ -84,9 +84,7 @@ def _result(task: str, series: Series, start: int, end: int) -> TaskResult:
     if np.any(later) and np.any(np.isfinite(series.values[later])):
         i = int(np.nanargmin(series.values[later]))
         lowest, step = float(series.values[later][i]), int(series.steps[later][i])
-    return TaskResult(
-        task, start, end, _mean(before), lowest, step, _mean(series.values)
-    )
+    return TaskResult(task, start, end, _mean(before), lowest, step, _mean(series.values))
 
 
 def _mean(values: np.ndarray) -> float:

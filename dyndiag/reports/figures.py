@@ -11,11 +11,12 @@ import numpy as np
 
 from dyndiag.reports import words
 from dyndiag.reports.contents import Contents, Density, Estimates, Series
-from dyndiag.reports.thinning import Floats, noisy, running_median
+from dyndiag.reports.thinning import BUCKETS, Floats, bucket_medians, noisy, running_median
 
 COLOURS = ("s1", "s2", "s3", "s4")
 MEDIAN = "; thick: median of 11 steps"
 MOST_ROWS = 48
+LOGITS = 1000.0  # an attention logit known to hurt
 
 
 @dataclass(frozen=True)
@@ -118,13 +119,19 @@ def _line(
     """A line with its median over it where the raw values are noisy; what to add to the unit."""
     if plain or not noisy(series.values):
         dots = True if len(series) < 60 else None
-        return Mark("line", series.name, label, cls, dots=dots, **more), (
-            Drawn(series.name, series),
-        ), ""
-    name = f"median of 11: {series.name}"
+        return (
+            Mark("line", series.name, label, cls, dots=dots, **more),
+            (Drawn(series.name, series),),
+            "",
+        )
+    name, said = f"median: {series.name}", MEDIAN
     median = Series(name, series.steps, running_median(series.values), series.rows)
+    if len(series) > 3 * BUCKETS:  # a median of 11 would be as noisy, at this width
+        at, middle = bucket_medians(series.steps, series.values)
+        median = Series(name, at, middle, len(at))
+        said = f"; thick: median of each {words.steps(len(series) // len(at))} steps"
     mark = Mark("line", series.name, label, cls, smooth=name, **more)
-    return mark, (Drawn(series.name, series), Drawn(name, median)), MEDIAN
+    return mark, (Drawn(series.name, series), Drawn(name, median)), said
 
 
 def _est(one: Estimates, label: str, cls: str) -> tuple[Mark, tuple[Drawn, ...]]:
@@ -148,10 +155,18 @@ def loss_unit(c: Contents) -> str:
     return ""
 
 
-def timeline(c: Contents) -> Figure:
-    """The lanes of events."""
+def timeline(says: str) -> Figure:
+    """The lanes of events; `says` names them where there is no picture."""
     return Figure(
-        "events", "Events", "", 60, (Mark("lanes"),), context=True, xaxis=False, table=False
+        "events",
+        "Events",
+        "",
+        60,
+        (Mark("lanes"),),
+        says=says,
+        context=True,
+        xaxis=False,
+        table=False,
     )
 
 
@@ -266,19 +281,21 @@ def sharpness(
         if isinstance(one, Estimates)
         else _line(one, label, "s1", plain=True)[:2]
     )
-    marks, shown, notes = [mark], list(data), ()
+    marks, shown = [mark], list(data)
+    notes: tuple[Note, ...] = ()
     limit = c.get("stability/threshold")
     values = _in(one, window)
     if limit is not None and len(limit):
-        name = "2/η" if formula(c) == "2/η" else "threshold"
         text = formula(c) if window else f"threshold {formula(c)}".removesuffix(" threshold")
-        marks.insert(0, Mark("steps", limit.name, text if name else text, "limit"))
+        marks.insert(0, Mark("steps", limit.name, text, "limit"))
         shown.append(Drawn(limit.name, limit))
         values = np.concatenate([values, _in(limit, window)])
         notes = _rates(c, limit) if window is None else ()
     y = scale(values, zero=window is None)
     title = "Sharpness" if window else capital_title(label, limit is not None)
-    unit = _unit("1 / learning rate" if _preconditioned(c) else "loss per squared parameter", _log(y))
+    unit = _unit(
+        "1 / learning rate" if _preconditioned(c) else "loss per squared parameter", _log(y)
+    )
     low, high = _range(one.values)
     return Figure(
         id, title, unit, height, tuple(marks), tuple(shown), y,
@@ -326,11 +343,14 @@ def trace(c: Contents, id: str = "trace") -> Figure | None:
     if not isinstance(one, Estimates):
         mark, data, _ = _line(one, "trace", "s3", plain=True)
     else:
-        mark, data = Mark("band", one.name, "trace", "s3"), (
-            Drawn(one.name, one, one.lower, one.upper, one.status),
+        mark, data = (
+            Mark("band", one.name, "trace", "s3"),
+            (Drawn(one.name, one, one.lower, one.upper, one.status),),
         )
         unit += "; band: 95 % interval over the probes"
-    return Figure(id, "Hessian trace", unit, 140, (mark,), data, y, says="The sum of all eigenvalues.")
+    return Figure(
+        id, "Hessian trace", unit, 140, (mark,), data, y, says="The sum of all eigenvalues."
+    )
 
 
 def plain_line(
@@ -419,14 +439,7 @@ def joined(c: Contents, prefix: str, modules: Sequence[str]) -> list[Series]:
     out = []
     for group, members in list(groups.items())[:MOST_ROWS]:
         all_of = [c.series[prefix + member] for member in members if prefix + member in c.series]
-        steps = np.concatenate([one.steps for one in all_of])
-        values = np.concatenate([one.values for one in all_of])
-        if len(all_of) > 1:
-            order = np.lexsort((-np.where(np.isnan(values), -np.inf, values), steps))
-            steps, values = steps[order], values[order]
-            keep = np.r_[True, steps[1:] != steps[:-1]]
-            steps, values = steps[keep], values[keep]
-        out.append(Series(f"{prefix}:{group}", steps, values, all_of[0].rows))
+        out.append(_largest(f"{prefix}:{group}", all_of))
     return out
 
 
@@ -448,9 +461,7 @@ def attention(
         return None
     if len(modules) > 4:
         if window is None:
-            return heat(
-                c, prefix, "Largest attention logit by block", "nats, unmasked pairs", id
-            )
+            return heat(c, prefix, "Largest attention logit by block", "nats, unmasked pairs", id)
         worst = max(modules, key=lambda m: _range(c.series[prefix + m].within(*window))[1])
         modules = (worst,)
     marks: list[Mark] = []
@@ -461,7 +472,7 @@ def attention(
     notes: list[Note] = []
     high = _range(values)[1]
     for level, text in ((50.0, "50"), (1000.0, "1,000: known to hurt")):
-        if high > level / 2:
+        if level / 2 < high < 50 * level:
             marks.append(Mark("rule", y=level, cls="limit", dash="dot"))
             if window is None:
                 notes.append(Note(float(c.first), text, level, dx=4, dy=-6))
@@ -476,8 +487,41 @@ def attention(
     )  # fmt: skip
 
 
+def largest_attention(c: Contents, id: str, height: int) -> Figure | None:
+    """The largest attention logit of all blocks, for the timeline."""
+    prefix, modules = attention_names(c)
+    if not modules:
+        return None
+    whole = _largest(f"{prefix}:largest", [c.series[prefix + module] for module in modules])
+    y = scale(whole.values, ratio=10.0)
+    marks = [Mark("line", whole.name, "largest attention logit", "s4")]
+    notes: tuple[Note, ...] = ()
+    if _range(whole.values)[1] > LOGITS / 2:
+        marks.insert(0, Mark("rule", y=LOGITS, cls="limit", dash="dot"))
+        notes = (Note(float(c.first), "1,000", LOGITS, dx=4, dy=-5),)
+    return Figure(
+        id, "Largest attention logit", _unit("all blocks", _log(y)), height, tuple(marks),
+        (Drawn(whole.name, whole),), y, context=True, xaxis=False, notes=notes,
+    )  # fmt: skip
+
+
+def _largest(name: str, parts: Sequence[Series]) -> Series:
+    """At each step the largest of several series."""
+    steps = np.concatenate([one.steps for one in parts])
+    values = np.concatenate([one.values for one in parts])
+    if len(parts) > 1:
+        order = np.lexsort((-np.where(np.isnan(values), -np.inf, values), steps))
+        steps, values = steps[order], values[order]
+        keep = np.r_[True, steps[1:] != steps[:-1]]
+        steps, values = steps[keep], values[keep]
+    return Series(name, steps, values, parts[0].rows)
+
+
 def logits(c: Contents, id: str = "logits") -> Figure | None:
-    pairs = (("logits/max", "largest logit", "loss"), ("logits/log_partition", "log partition", "s3"))
+    pairs = (
+        ("logits/max", "largest logit", "loss"),
+        ("logits/log_partition", "log partition", "s3"),
+    )
     shown = [(c.series[name], label, cls) for name, label, cls in pairs if name in c.series]
     if not shown:
         return None
@@ -528,9 +572,7 @@ def accuracy(
         chosen = dict.fromkeys([tasks[0], tasks[1], worst, tasks[-1]])
         more = f"; {len(chosen)} of {len(tasks)} tasks, the rest in the table"
         tasks = tuple(chosen)
-    pairs = [
-        _task(c, task, cls, f"task {task}") for task, cls in zip(tasks, COLOURS, strict=False)
-    ]
+    pairs = [_task(c, task, cls, f"task {task}") for task, cls in zip(tasks, COLOURS, strict=False)]
     return Figure(
         id, "Accuracy by task", f"{samples_text(c, tasks)}{more}", height,
         tuple(mark for mark, _ in pairs), tuple(drawn for _, drawn in pairs),
@@ -577,7 +619,9 @@ def spectrum(c: Contents, id: str = "spectrum") -> Figure | None:
     data: list[Drawn] = []
     limit = c.get("stability/threshold")
     if limit is not None and len(limit) and not _preconditioned(c):
-        marks.append(Mark("steps", limit.name, f"threshold {formula(c)}".removesuffix(" threshold"), "limit"))
+        marks.append(
+            Mark("steps", limit.name, f"threshold {formula(c)}".removesuffix(" threshold"), "limit")
+        )
         data.append(Drawn(limit.name, limit))
     y = {"type": "symlog", "c": linear, "min": float(grid[0]), "max": float(grid[-1]), "hard": True}
     return Figure(
@@ -598,12 +642,24 @@ def density(c: Contents, id: str = "density") -> Figure | None:
 
 
 def density_grid(samples: Sequence[Density]) -> tuple[Floats, float]:
-    """One grid for all samples, even on the symmetric log axis, and that axis's linear part."""
-    low = min(float(s.grid[0]) for s in samples)
-    high = max(float(s.grid[-1]) for s in samples)
-    linear = 1e-3 * max(abs(low), abs(high)) or 1.0
-    ends = np.arcsinh(np.array([low, high]) / linear)
-    return linear * np.sinh(np.linspace(ends[0], ends[1], 180)), linear
+    """One grid for all samples, even on the symmetric log axis, and that axis's linear part.
+
+    It ends where no sample has a mass of 1e-4 per decade left.
+    """
+    reach = max(max(abs(float(s.grid[0])), abs(float(s.grid[-1]))) for s in samples)
+    linear = 1e-3 * reach or 1.0
+    ends = []
+    for s in samples:
+        inside = s.grid[s.mean * _per_decade(s.grid, linear) > 1e-4]
+        ends += [inside.min(), inside.max()] if len(inside) else []
+    low, high = np.arcsinh(np.array([min(ends, default=-reach), max(ends, default=reach)]) / linear)
+    margin = 0.02 * (high - low) or 1.0
+    return linear * np.sinh(np.linspace(low - margin, high + margin, 180)), linear
+
+
+def _per_decade(grid: Floats, linear: float) -> Floats:
+    """What turns a density per unit into one per decade of the symmetric log axis."""
+    return np.asarray(math.log(10) * np.sqrt(grid**2 + linear**2))
 
 
 def density_data(c: Contents) -> dict[str, Any] | None:
@@ -615,7 +671,7 @@ def density_data(c: Contents) -> dict[str, Any] | None:
         keep = np.unique(np.linspace(0, len(samples) - 1, 120).astype(int))
         samples = tuple(samples[i] for i in keep)
     grid, linear = density_grid(samples)
-    per_decade = math.log(10) * np.sqrt(grid**2 + linear**2)
+    per_decade = _per_decade(grid, linear)
     limit = None if _preconditioned(c) else c.get("stability/threshold")
     top = c.get("curvature/sharpness")
     out = []
@@ -664,7 +720,8 @@ def entropy(c: Contents) -> Figure | None:
 def divergence(c: Contents) -> Figure | None:
     return plain_line(
         c, "predictions/jsd", "Change of predictions",
-        "Jensen–Shannon divergence between samples in nats; at most ln 2 = 0.69", "JSD",
+        "Jensen–Shannon divergence between samples in nats; at most ln 2 = 0.69",
+        "change of predictions",
         id="jsd", height=120, cls="s4", says="How much the predictions changed between samples.",
     )  # fmt: skip
 

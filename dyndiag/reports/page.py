@@ -21,8 +21,7 @@ from dyndiag.reports.chapters.items import Chart, Table
 from dyndiag.reports.contents import Contents
 from dyndiag.reports.continual import starts
 from dyndiag.reports.figures import Drawn, Figure
-from dyndiag.reports.findings import Finding, Findings, findings
-from dyndiag.reports.findings.finding import COLOURED
+from dyndiag.reports.findings import Findings, findings
 from dyndiag.reports.verdict import numbers, verdict
 
 SCRIPTS = (
@@ -66,13 +65,21 @@ def page(c: Contents) -> str:
 
 def _timeline(c: Contents, found: Findings) -> list[Figure]:
     """Events, loss, and what the worst finding is about, on one step axis."""
-    chosen: list[Figure | None] = [figures.timeline(c)]
+    chosen: list[Figure | None] = [_lanes(found)] if found.told else []
     if c.tasks():
         chosen.append(figures.accuracy(c, "over-accuracy", 104, context=True, xaxis=False))
+    alone = c.get("stability/edge_ratio") is None
+    chosen.append(figures.loss(c, "over-loss", 112, context=True, xaxis=alone))
+    if any(finding.chapter == "logits" for finding in found.told):
+        chosen.append(figures.largest_attention(c, "over-attention", 78))
     ratio = figures.edge_ratio(c, "over-edge", 118, context=True)
-    chosen.append(figures.loss(c, "over-loss", 112, context=True, xaxis=ratio is None))
     chosen.append(ratio)
     return [figure for figure in chosen if figure is not None] if c.rows else []
+
+
+def _lanes(found: Findings) -> Figure:
+    events = [f"{one.label} ({one.when})" for one in (*found.told, *found.more)[:40]]
+    return figures.timeline(f"Events: {'; '.join(events)}.")
 
 
 def _about(c: Contents) -> list[str]:
@@ -113,9 +120,7 @@ def _footer(c: Contents) -> str:
 def _more(found: Findings) -> Table | None:
     if not found.more:
         return None
-    rows = tuple(
-        (f.kind_text, f.when, f.title, f"{f.dots} {f.sure}") for f in found.more[:200]
-    )
+    rows = tuple((f.kind_text, f.when, f.title, f"{f.dots} {f.sure}") for f in found.more[:200])
     return Table(("also", "when", "what", "how sure"), rows, (False, False, False, False))
 
 
@@ -272,6 +277,3 @@ def _policy(style: str, script: str) -> str:
         f"default-src 'none'; script-src 'sha256-{digest(script)}'; "
         f"style-src 'sha256-{digest(style)}'; base-uri 'none'; form-action 'none'"
     )
-
-
-__all__ = ["Finding", "page"]

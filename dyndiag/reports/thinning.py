@@ -107,6 +107,18 @@ def running_median(values: Floats, half: int = 5) -> Floats:
     return np.where(np.isfinite(values), result, np.nan)
 
 
+def bucket_medians(steps: Steps, values: Floats, buckets: int = 512) -> tuple[Steps, Floats]:
+    """Middle step and median finite value of each of `buckets` equal shares of the points."""
+    at, middles = [], []
+    for part_steps, part in zip(
+        np.array_split(steps, buckets), np.array_split(values, buckets), strict=True
+    ):
+        finite = part[np.isfinite(part)]
+        at.append(int(part_steps[len(part_steps) // 2]))
+        middles.append(float(np.median(finite)) if len(finite) else np.nan)
+    return np.array(at, dtype=np.int64), np.array(middles)
+
+
 def noisy(values: Floats) -> bool:
     """Whether raw values would hide their own course: they turn at every other point, and by more
     than 1 % of their range (of its logarithm where all are positive)."""
@@ -138,7 +150,7 @@ def packed_steps(steps: Steps) -> dict[str, object]:
     if np.all(delta == 1):
         return head
     kind = "<u2" if int(delta.max(initial=0)) < 65536 else "<u4"
-    head["u16" if kind == "<u2" else "u32"] = base64.b64encode(
-        delta.astype(kind).tobytes()
-    ).decode("ascii")
+    head["u16" if kind == "<u2" else "u32"] = base64.b64encode(delta.astype(kind).tobytes()).decode(
+        "ascii"
+    )
     return head

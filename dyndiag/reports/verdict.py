@@ -91,9 +91,7 @@ def _nothing(c: Contents, found: Findings) -> str:
 
 def _undecided(c: Contents, ratio: np.ndarray) -> bool:
     """Few samples, all of them near the edge: a run that may have been there from its start."""
-    return (
-        3 <= len(ratio) < 10 and ratio.min() >= 0.75 and 0.8 <= float(np.median(ratio)) <= 1.3
-    )
+    return 3 <= len(ratio) < 10 and ratio.min() >= 0.75 and 0.8 <= float(np.median(ratio)) <= 1.3
 
 
 def numbers(c: Contents, found: Findings) -> str:
@@ -123,7 +121,9 @@ def _earlier(one: Finding) -> str:
     peak = event.details.get("peak_value")
     to = f", to {words.number(float(peak), 2)}" if isinstance(peak, int | float) else ""
     after = f" and was over in {words.count(event.end - event.start, 'step')}" if event.end else ""
-    return f"Another jump{to} at step {words.steps(event.start)}, came from one step to the next{after}."
+    came = ", came from one step to the next" if event.peak - event.start <= 1 else ""
+    at = f"Another jump{to} at step {words.steps(event.start)}"
+    return f"{at}{came}{after}." if came or after else f"{at} followed."
 
 
 def _course(c: Contents) -> str:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-SMALL = "no one two three four five six seven eight nine".split()
+SMALL = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SHARES = (
     (0.25, "a quarter"),
     (1 / 3, "a third"),
@@ -34,7 +34,7 @@ def number(value: float, digits: int = 3) -> str:
         return "0"
     mantissa, power = f"{size:.{digits - 1}e}".split("e")
     exponent = int(power)
-    if 1e-3 <= size and exponent < 5:
+    if size >= 1e-3 and exponent < 5:
         decimals = 0 if size >= 1000 else max(0, digits - 1 - exponent)
         return f"{sign}{size:,.{decimals}f}"
     return f"{sign}{mantissa}·10{str(exponent).translate(SUPERSCRIPTS)}"

@@ -180,20 +180,17 @@ def markdown(event: Event) -> str:
     """The event as a table: what, when, how strong, how sure, and on what it rests."""
     when = f"from step {event.start}, strongest at {event.peak}, "
     when += "still open" if event.end is None else f"until {event.end}"
-    lines = {
-        "what": event.kind.replace("_", " "),
-        "when": when,
-        "severity": f"{event.severity:.4g}",
-        "confidence": f"{event.confidence:.2f}",
-        "series": ", ".join(event.series),
-        **{
-            name: f"{value:.6g}" if isinstance(value, float) else str(value)
-            for name, value in event.details.items()
-        },
-    }
-    return "\n".join(
-        ["| | |", "| --- | --- |", *(f"| {_cell(name)} | {_cell(lines[name])} |" for name in lines)]
-    )
+    lines = [
+        ("what", event.kind.replace("_", " ")),
+        ("when", when),
+        ("severity", f"{event.severity:.4g}"),
+        ("confidence", f"{event.confidence:.2f}"),
+        ("series", ", ".join(event.series)),
+    ]
+    for name, value in event.details.items():
+        lines.append((name, f"{value:.6g}" if isinstance(value, float) else str(value)))
+    table = ["| | |", "| --- | --- |", *(f"| {_cell(a)} | {_cell(b)} |" for a, b in lines)]
+    return "\n".join(table)
 
 
 def _cell(text: str) -> str:

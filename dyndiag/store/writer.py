@@ -73,8 +73,9 @@ class Writer:
     def write(self, rows: Sequence[Row], events: Iterable[Event] = ()) -> None:
         """Keep rows and events, all or none.
 
-        A value replaces that of the same step and series, an event that of the same name. About
-        10 µs a row of 30 values when many are written at once.
+        A value replaces that of the same step and series, an event that of the same name. For
+        30 values about 10 to 15 µs a row where many are written at once, 35 to 70 µs where each
+        is a write of its own (one stream or six).
         """
         scalars, arrays = _parted(rows)
         with self._transaction() as db:

@@ -77,9 +77,7 @@ def train(
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("accumulate", [1, 3])
-def test_training_is_the_same_bit_for_bit(
-    tmp_path: Path, optimizer: str, accumulate: int
-) -> None:
+def test_training_is_the_same_bit_for_bit(tmp_path: Path, optimizer: str, accumulate: int) -> None:
     alone, metrics = train(tmp_path, [], optimizer, accumulate)
     callback = DyndiagCallback(run=tmp_path / "run")
     watched, metrics_watched = train(tmp_path, [callback], optimizer, accumulate)

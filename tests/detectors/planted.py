@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,9 +56,8 @@ def score(events: Sequence[Event], planted: Sequence[int], within: int = 2) -> S
     free = [event.start for event in events]
     delays = []
     for start in planted:
-        hits = [found for found in free if abs(found - start) <= within]
-        if hits:
-            nearest = min(hits, key=lambda found: abs(found - start))  # noqa: B023
-            free.remove(nearest)
-            delays.append(nearest - start)
+        delay = min((found - start for found in free), key=abs, default=None)
+        if delay is not None and abs(delay) <= within:
+            free.remove(start + delay)
+            delays.append(delay)
     return Score(tuple(delays), len(planted), len(free))

@@ -193,5 +193,21 @@ def test_a_non_finite_loss_teaches_nothing() -> None:
 
 
 def test_nothing_is_said_before_there_are_sixteen_residuals() -> None:
-    assert spikes(losses([1.0, 1.01] * 8 + [9.0, 9.0, 9.0])) == []
-    assert len(spikes(losses([1.0, 1.01] * 9 + [9.0, 9.0, 9.0]))) == 1
+    calm = [1.0, 1.01] * 9
+    assert spikes(losses([*calm[:16], 9.0, *calm])) == []
+    assert len(spikes(losses([*calm[:17], 9.0, *calm]))) == 1
+
+
+def test_points_from_the_end_on_teach_the_level() -> None:
+    series = np.r_[np.full(100, 1.0), np.full(5, 4.0), np.full(14, 1.09), np.full(3, 4.0)]
+    series += 0.001 * np.sin(np.arange(len(series)))
+    _, second = spikes(losses(series))
+    assert second.details["median_before"] == pytest.approx(1.09, abs=0.002)
+
+
+def test_ratios_are_forgotten_where_the_loss_crosses_zero() -> None:
+    rng = np.random.default_rng(0)
+    series = 1 - np.arange(600) / 400 + 0.02 * rng.normal(size=600)
+    series[430:440] += 1.0
+    (event,) = spikes(losses(series))
+    assert event.start == 430

@@ -30,10 +30,10 @@ def matrix_with(spectrum: Sequence[float] | np.ndarray, seed: int = 0) -> Tensor
     """A dense float64 symmetric matrix with these eigenvalues in random directions."""
     generator = torch.Generator().manual_seed(seed)
     n = len(spectrum)
-    directions = torch.linalg.qr(
-        torch.randn(n, n, generator=generator, dtype=torch.float64)
-    ).Q
-    matrix = (directions * torch.as_tensor(np.asarray(spectrum), dtype=torch.float64)) @ directions.T
+    directions = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64)).Q
+    matrix = (
+        directions * torch.as_tensor(np.asarray(spectrum), dtype=torch.float64)
+    ) @ directions.T
     return (matrix + matrix.T) / 2
 
 

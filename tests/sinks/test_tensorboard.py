@@ -220,7 +220,7 @@ def test_a_density_is_a_picture_on_axes_that_stay(tmp_path: Path) -> None:
         tmp_path,
         (0, {"curvature/density": density(1.0), "curvature/density_nodes": np.ones((2, 9))}),
         (1, {"curvature/density": density(1.0)}),
-        (2, {"curvature/density": density(2.0)}),
+        (2, {"curvature/density": density(5.0)}),  # its own would be wider
     )
     shown = Shown(tmp_path)
     assert shown.tags() == {"curvature/density", LAYOUT}

@@ -64,6 +64,8 @@ def test_plain_sqlite_reads_a_run(tmp_path: Path) -> None:
 def test_a_closed_run_is_one_plain_file_and_an_empty_lock(tmp_path: Path) -> None:
     with closing(Writer(tmp_path)) as writer:
         writer.write([(0, {"train/loss": 1.0})])
+        held = sorted(file.name for file in tmp_path.iterdir())
+        assert held == ["run.db", "run.db-lock", "run.db-shm", "run.db-wal"]
     assert sorted(file.name for file in tmp_path.iterdir()) == ["run.db", "run.db-lock"]
     assert (tmp_path / "run.db-lock").stat().st_size == 0
 

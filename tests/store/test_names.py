@@ -62,8 +62,9 @@ def columns(folder: Path) -> dict[str, tuple[str, str]]:
 def test_hostile_names_keep_their_values_apart(tmp_path: Path, at_once: bool) -> None:
     row = {name: float(number) for number, name in enumerate(HOSTILE)}
     with closing(Writer(tmp_path)) as writer:
-        for _ in range(2):  # once to make the columns, once to find them
-            writer.write([(0, row)] if at_once else [(0, {name: row[name]}) for name in row])
+        for factor in (2, 1):  # once to make the columns, once to find and replace them
+            cells = {name: factor * row[name] for name in row}
+            writer.write([(0, cells)] if at_once else [(0, {name: cells[name]}) for name in row])
     with closing(Writer(tmp_path)) as writer:
         writer.write([(1, row)])
     run = Run(tmp_path)

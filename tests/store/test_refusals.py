@@ -7,6 +7,7 @@ import subprocess
 import sys
 from contextlib import closing
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from textwrap import dedent
 
 import pytest
@@ -35,9 +36,10 @@ def test_a_run_may_lie_beside_other_files(tmp_path: Path) -> None:
         assert writer.next_step == 1
 
 
-def test_a_lock_left_by_a_start_that_was_killed_does_not_block(tmp_path: Path) -> None:
-    (tmp_path / "run.db-lock").touch()
-    (tmp_path / "run.db").touch()
+@pytest.mark.parametrize("left", [["run.db-lock"], ["run.db-lock", "run.db"]])
+def test_what_a_killed_start_left_does_not_block(tmp_path: Path, left: list[str]) -> None:
+    for name in left:
+        (tmp_path / name).touch()
     record(tmp_path)
     assert Run(tmp_path).names == ["train/loss"]
 
@@ -150,12 +152,12 @@ def test_a_truncated_database_is_told(tmp_path: Path, kept: int) -> None:
 def test_a_folder_without_the_right_to_write_is_read_and_not_written(killed: bool) -> None:
     """As a user to whom it is not given: root may write anywhere."""
     script = dedent("""
-        import os, shutil, tempfile
+        import os, shutil, sys
         from pathlib import Path
         from dyndiag.errors import DyndiagError
         from dyndiag.store import Run, Writer
 
-        folder = Path(tempfile.mkdtemp()) / "run"
+        folder = Path(sys.argv[1]) / "run"
         writer = Writer(folder)
         writer.write([(step, {"train/loss": float(step)}) for step in range(9)])
         if KILLED:  # as kill -9 leaves it: the log beside the database
@@ -177,8 +179,11 @@ def test_a_folder_without_the_right_to_write_is_read_and_not_written(killed: boo
         except DyndiagError as error:
             print(error)
     """)
-    done = subprocess.run(
-        [sys.executable, "-c", f"KILLED = {killed}\n{script}"], capture_output=True, text=True
-    )
+    with TemporaryDirectory() as folder:  # pytest's own is closed to others
+        done = subprocess.run(
+            [sys.executable, "-c", f"KILLED = {killed}\n{script}", folder],
+            capture_output=True,
+            text=True,
+        )
     assert done.returncode == 0, done.stderr
     assert "read-only" in done.stdout or "cannot be opened" in done.stdout, done.stdout

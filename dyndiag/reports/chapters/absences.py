@@ -8,6 +8,7 @@ from dyndiag.reports import words
 from dyndiag.reports.chapters.items import Absent
 from dyndiag.reports.contents import Contents
 
+SHARPNESS = ("curvature/sharpness", "curvature/preconditioned_sharpness")
 LOSS_LINE = "dyndiag.Monitor(model, optimizer, loss_fn, run=…, probe_batch=batch)"
 
 
@@ -15,11 +16,11 @@ def absences(c: Contents) -> dict[str, Absent]:
     """Every quantity of the report that this run does not have, by a short name."""
     found = {
         "loss": _loss(c),
-        "sharpness": _curvature(c, "Sharpness", ("curvature/sharpness",), "Sharpness"),
+        "sharpness": _curvature(c, "Sharpness", SHARPNESS, "Sharpness"),
         "threshold": _threshold(c),
         "batch_sharpness": _curvature(
             c, "Batch sharpness", ("curvature/batch_sharpness",), "BatchSharpness",
-            "no training batch was seen whole; monitor.step(loss=loss, batch=batch) passes one",
+            "no training batch was seen whole", "monitor.step(loss=loss, batch=batch)",
         ),
         "trace": _curvature(c, "Hessian trace", ("curvature/trace",), "Trace"),
         "density": _curvature(c, "Spectral density", (), "Density") if not c.densities else None,
@@ -80,7 +81,12 @@ def _loss(c: Contents) -> Absent | None:
 
 
 def _curvature(
-    c: Contents, what: str, names: tuple[str, ...], probe: str, otherwise: str = ""
+    c: Contents,
+    what: str,
+    names: tuple[str, ...],
+    probe: str,
+    otherwise: str = "",
+    line: str = "",
 ) -> Absent | None:
     """Quantities that take passes of their own."""
     if names and _has(c, names):
@@ -100,17 +106,19 @@ def _curvature(
         return Absent(what, told)
     if c.rows == 0:
         return Absent(what, "the run ended before its first step")
-    return Absent(what, otherwise or "the run ended before its first sample was due")
+    return Absent(what, otherwise or "the run ended before its first sample was due", line)
 
 
 def _threshold(c: Contents) -> Absent | None:
     if _has(c, ("stability/edge_ratio",)):
         return None
-    if not _has(c, ("curvature/sharpness",)):
+    if not _has(c, SHARPNESS):
         return _curvature(c, "Edge ratio", (), "Sharpness")
     optimizer = c.metadata.get("optimizer")
     rule = str(optimizer.get("rule") or "") if isinstance(optimizer, Mapping) else ""
-    reason = _notice(c, "Sharpness", "no threshold").removeprefix("no threshold and no edge ratio: ")
+    reason = _notice(c, "Sharpness", "no threshold").removeprefix(
+        "no threshold and no edge ratio: "
+    )
     reason = reason or rule.removeprefix("unknown").removeprefix(": ")
     return Absent(
         "Threshold and edge ratio",
@@ -128,9 +136,7 @@ def _attention(c: Contents) -> Absent | None:
     if any(c.parts.get(prefix) for prefix in c.parts if prefix.startswith("attention/")):
         return None
     if imported(c):
-        return Absent(
-            "Attention logits", "the log that this run was read from does not hold them"
-        )
+        return Absent("Attention logits", "the log that this run was read from does not hold them")
     told = _notice(c, "AttentionLogits") or _notice(c, "attention")
     return Absent("Attention logits", told or "no attention layer was seen at work in the model")
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from dyndiag.reports import words
+from dyndiag.reports import figures, words
 from dyndiag.reports.chapters.items import Absent, Chapter, Facts, Item, Shares, Table, Text
 from dyndiag.reports.contents import Contents, Estimates, Series
 
@@ -43,7 +43,17 @@ def sure(c: Contents) -> Chapter:
     }
     for name, label in labels.items():
         one = c.estimates.get(name)
-        if one is not None and len(one):
+        if one is None or not len(one):
+            continue
+        main = figures.main_sharpness(c)
+        if (
+            name == "stability/edge_ratio"
+            and isinstance(main, Estimates)
+            and main.status == one.status
+        ):
+            same = "as of the sharpness, over a threshold that is known exactly"
+            rows.append((label, same, "as above", words.steps(len(one)), ""))
+        else:
             rows += _statuses(one, label)
     rows += _sampled(c)
     rows += _exact(c)
@@ -61,7 +71,7 @@ def sure(c: Contents) -> Chapter:
 
 
 def _statuses(one: Estimates, label: str) -> list[tuple[str, ...]]:
-    rows = []
+    rows: list[tuple[str, ...]] = []
     letters = np.array(list(one.status))
     for status, promise in PROMISES.items():
         at = np.flatnonzero(letters == status)
@@ -77,7 +87,7 @@ def _statuses(one: Estimates, label: str) -> list[tuple[str, ...]]:
                 promise,
                 words.percent(float(np.median(finite)), 2) if len(finite) else "–",
                 f"{words.steps(len(at))} {STATUS[status]}",
-                "" if rows else words.steps(one.products) if one.products else "as above",
+                "" if rows else words.steps(one.products),
             )
         )
     return rows
@@ -115,7 +125,7 @@ def _exact(c: Contents) -> list[tuple[str, ...]]:
         ("batch sharpness", "exact for the step's batch", ("curvature/batch_sharpness",)),
         ("entropy, JSD", "exact for the probe batch", ("predictions/entropy",)),
     )  # fmt: skip
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for label, meaning, names in groups:
         found = [c.series[name] for name in names if name in c.series]
         if found:
@@ -143,7 +153,9 @@ def missing(absent: Mapping[str, Absent]) -> Chapter:
         note = Text("Everything that the report has a place for was measured.")
         return Chapter("missing", title, "Not measured", "", (note,))
     rows = tuple((one.what, one.why, one.line) for one in absent.values())
-    table = Table(("not measured", "why", "what would turn it on"), rows, (False, False, False))
+    head = ("not measured", "why", "what would turn it on")
+    width = 3 if any(one.line for one in absent.values()) else 2
+    table = Table(head[:width], tuple(row[:width] for row in rows), (False,) * width)
     return Chapter("missing", title, "Not measured", "", (table,))
 
 
@@ -161,12 +173,14 @@ def cost(c: Contents) -> Chapter:
     ]
     parts.sort(key=lambda part: -part[1])
     total = sum(seconds for _, seconds, _ in parts)
-    rows = [("training, with what is read off each step", words.duration(training), "100 %", "", "")]
+    rows = [
+        ("training, with what is read off each step", words.duration(training), "100 %", "", "")
+    ]
     rows += [
         (
             name,
             words.duration(seconds),
-            words.percent(seconds / training, 1),
+            words.percent(seconds / training, 1 if seconds < 0.1 * training else 0),
             words.steps(int(_number(used, "samples"))),
             words.steps(int(_number(used, "products"))) if _number(used, "products") else "",
         )
@@ -246,7 +260,9 @@ def facts(c: Contents) -> Chapter:
              _cut(str(note.get("text") or "")))
             for note in notices[:50]
         )  # fmt: skip
-        items.append(Table(("at step", "told by", "what was told once"), rows, (True, False, False)))
+        items.append(
+            Table(("at step", "told by", "what was told once"), rows, (True, False, False))
+        )
     return Chapter("facts", "Run facts", "Run facts", "", tuple(items))
 
 
@@ -289,7 +305,10 @@ def _optimizer(optimizer: Any) -> str:
         )
         shown.append(settings)
     more = f"; {len(groups) - 3} more groups" if len(groups) > 3 else ""
-    return ": ".join(part for part in (str(optimizer.get("class") or ""), "; ".join(shown)) if part) + more
+    return (
+        ": ".join(part for part in (str(optimizer.get("class") or ""), "; ".join(shown)) if part)
+        + more
+    )
 
 
 def _steps(c: Contents) -> str:
@@ -303,7 +322,9 @@ def _probe(probe: Any) -> str:
     if not isinstance(probe, Mapping):
         return str(probe or "")
     return ", ".join(
-        part for part in (words.steps(int(_number(probe, "size"))), str(probe.get("description") or "")) if part
+        part
+        for part in (words.steps(int(_number(probe, "size"))), str(probe.get("description") or ""))
+        if part
     )
 
 
@@ -320,7 +341,10 @@ def _detectors(c: Contents) -> str:
 
 
 def _versions(m: Mapping[str, Any]) -> str:
-    parts = [str(m["torch"]) if m.get("torch") else "", f"Python {m['python']}" if m.get("python") else ""]
+    parts = [
+        str(m["torch"]) if m.get("torch") else "",
+        f"Python {m['python']}" if m.get("python") else "",
+    ]
     if m.get("threads"):
         parts.append(words.count(int(_number(m, "threads")), "thread"))
     return ", ".join(part for part in parts if part)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from dyndiag.reports import words
 from dyndiag.reports.figures import Figure
 
 
@@ -79,6 +80,18 @@ class Chapter:
     items: tuple[Item, ...]
     empty: bool = False
     """Nothing was measured: the list of contents says so."""
+
+
+def gaps(absent: Mapping[str, Absent], names: Sequence[str]) -> list[Item]:
+    """What is absent of `names`; those with the same reason in one place."""
+    found = [absent[name] for name in names if name in absent]
+    together: dict[tuple[str, str], list[str]] = {}
+    for one in found:
+        together.setdefault((one.why, one.line), []).append(one.what)
+    return [
+        Absent(words.capital(words.listing([what[0].lower() + what[1:] for what in several])), *key)
+        for key, several in together.items()
+    ]
 
 
 def charts(figures: Sequence[Figure | None]) -> list[Item]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from dyndiag.reports import figures, words
-from dyndiag.reports.chapters.items import Absent, Chapter, Item, Text, charts
+from dyndiag.reports.chapters.items import Absent, Chapter, Item, Text, charts, gaps
 from dyndiag.reports.contents import Contents, clipped_share
 
 
@@ -18,7 +18,7 @@ def gradients(c: Contents, absent: Mapping[str, Absent]) -> Chapter:
         [
             figures.heat(c, "gradients/norm/", "Gradient norm by layer", "L2", "layers"),
             figures.plain_line(
-                c, "updates/ratio", "Update over weight", "‖Δθ‖ / ‖θ‖", "update ratio",
+                c, "updates/ratio", "Update over weight", "‖Δθ‖ / ‖θ‖", "update over weight",
                 id="updates", height=120, says="How far each step moves the weights.",
             ),
             figures.heat(
@@ -26,7 +26,7 @@ def gradients(c: Contents, absent: Mapping[str, Absent]) -> Chapter:
             ),
         ]
     )  # fmt: skip
-    items += [absent[name] for name in ("gradients", "updates") if name in absent]
+    items += gaps(absent, ("gradients", "updates"))
     empty = "gradients" in absent and "updates" in absent
     return Chapter("gradients", "Gradients by layer", "Gradients", "", tuple(items), empty)
 
@@ -48,11 +48,9 @@ def logits(c: Contents, absent: Mapping[str, Absent]) -> Chapter:
         peaks = {m: float(np.nanmax(c.series[prefix + m].values)) for m in modules}
         worst = max(peaks, key=lambda m: peaks[m])
         lead = f"The largest attention logit was {words.number(peaks[worst])}, in {worst}."
-    items += [absent[name] for name in ("attention", "logits") if name in absent]
+    items += gaps(absent, ("attention", "logits"))
     empty = "attention" in absent and "logits" in absent
-    return Chapter(
-        "logits", "Logits and attention", "Logits, attention", lead, tuple(items), empty
-    )
+    return Chapter("logits", "Logits and attention", "Logits, attention", lead, tuple(items), empty)
 
 
 def predictions(c: Contents, absent: Mapping[str, Absent]) -> Chapter:
@@ -60,5 +58,9 @@ def predictions(c: Contents, absent: Mapping[str, Absent]) -> Chapter:
     empty = "predictions" in absent
     if empty:
         items.append(absent["predictions"])
-    lead = "" if empty else "How sure the model is on the probe batch, and how fast its answers change."
+    lead = (
+        ""
+        if empty
+        else "How sure the model is on the probe batch, and how fast its answers change."
+    )
     return Chapter("predictions", "Predictions", "Predictions", lead, tuple(items), empty)

@@ -7,13 +7,18 @@ from collections.abc import Mapping
 import numpy as np
 
 from dyndiag.reports import figures, words
-from dyndiag.reports.chapters.items import Absent, Chapter, Item, Text, charts
+from dyndiag.reports.chapters.items import Absent, Chapter, Item, Text, charts, gaps
 from dyndiag.reports.contents import Contents
 
 
 def stability(c: Contents, absent: Mapping[str, Absent]) -> Chapter:
     items: list[Item] = charts([figures.sharpness(c)])
-    items += [absent[name] for name in ("sharpness", "threshold") if name in absent]
+    first: tuple[str, ...] = ("sharpness", "threshold")
+    empty = "sharpness" in absent and "threshold" in absent and "trace" in absent
+    last: tuple[str, ...] = ("batch_sharpness", "trace")
+    if empty:
+        first, last = first + last, ()
+    items += gaps(absent, first)
     items += _notes(c)
     items += charts(
         [
@@ -27,8 +32,7 @@ def stability(c: Contents, absent: Mapping[str, Absent]) -> Chapter:
             figures.trace(c),
         ]
     )  # fmt: skip
-    items += [absent[name] for name in ("batch_sharpness", "trace") if name in absent]
-    empty = "sharpness" in absent and "threshold" in absent and "trace" in absent
+    items += gaps(absent, last)
     return Chapter("stability", "Stability", "Stability", _lead(c, empty), tuple(items), empty)
 
 
@@ -113,7 +117,7 @@ def spectrum(c: Contents, absent: Mapping[str, Absent]) -> Chapter:
     if empty:
         items.append(absent["density"])
     else:
-        low = [float(d.grid[np.flatnonzero(d.mean > 0)[0]]) for d in c.densities if d.mean.any()]
+        low = [float(d.nodes.min()) for d in c.densities if len(d.nodes)]
         lead = "How the eigenvalues of the Hessian are spread, by Lanczos quadrature."
         if low and min(low) < 0:
             lead += f" The most negative lie near {words.number(min(low), 2)}."

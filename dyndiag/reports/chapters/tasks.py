@@ -66,6 +66,10 @@ def _table(c: Contents, found: list[TaskResult]) -> Table:
             )
         )
     begun = {r.name for r in found}
-    rows += [(task, "never trained on", "–", "–", "–", "–", "–") for task in c.tasks() if task not in begun]
+    rows += [
+        (task, "never trained on", "–", "–", "–", "–", "–")
+        for task in c.tasks()
+        if task not in begun
+    ]
     head = ("task", "trained in steps", "at its end", "lowest after", "now", "depth", "forgotten")
     return Table(head, tuple(rows), (False, True, True, True, True, True, True))

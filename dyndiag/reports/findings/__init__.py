@@ -55,7 +55,7 @@ def findings(c: Contents) -> Findings:
     return Findings(
         told=tuple(found[:MOST]),
         more=tuple(found[MOST:]),
-        undecided=tuple(_doubt(event) for event in doubtful[:8]),
+        undecided=_undecided(doubtful),
         lead=_lead(c, found, len(doubtful)),
     )
 
@@ -106,12 +106,26 @@ def _host(event: Event, events: Sequence[Event], c: Contents) -> Event | None:
                 return _host(other_event, events, c) or other_event
         if (
             event.kind == "divergence"
+            and other_event.kind == "stability_gap"
+            and event.end is not None
+            and abs(event.start - start) <= 30
+        ):
+            return other_event  # the loss of a new task is high at first
+        if (
+            event.kind == "divergence"
             and other_event.kind == "non_finite"
             and "non_finite_at" in event.details
             and abs(event.start - start) <= 60
         ):
             return other_event
     return None
+
+
+def _undecided(events: Sequence[Event]) -> tuple[str, ...]:
+    most = 8
+    shown = tuple(_doubt(event) for event in events[:most])
+    more = len(events) - most
+    return (*shown, words.count(more, "more event")) if more > 0 else shown
 
 
 def _doubt(event: Event) -> str:

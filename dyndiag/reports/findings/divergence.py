@@ -60,7 +60,6 @@ def divergence(told: Told, c: Contents) -> Finding:
         numbers=_numbers(c, told, first),
         label="Divergence" + ("" if event.end is None else f", back at {words.steps(end)}"),
         short="Divergence",
-        notches=tuple(spike.peak for spike in told.inside),
     )
 
 
@@ -68,7 +67,9 @@ def _sentence(c: Contents, told: Told) -> str:
     event = told.event
     since = f"since step {words.steps(event.start)}"
     if math.isfinite(value(event, "non_finite_at")):
-        return f"The loss left for good at step {words.steps(event.start)}: it is no longer a number."
+        return (
+            f"The loss left for good at step {words.steps(event.start)}: it is no longer a number."
+        )
     if event.end is not None:
         return (
             f"The loss was above its starting value from step {words.steps(event.start)} to "
@@ -87,7 +88,8 @@ def _below_start(c: Contents, told: Told) -> bool:
 
 def _reason(told: Told, first: float) -> str:
     event = told.event
-    parts = [f"the median of five losses stayed high for {words.count(int(value(event, 'points', 1)), 'loss', 'losses')}"]
+    lasted = words.count(int(value(event, "points", 1)), "loss", "losses")
+    parts = [f"the median of five losses stayed high for {lasted}"]
     limit, peak = value(event, "threshold"), value(event, "peak_value")
     if math.isfinite(limit):
         parts.append(f"high is above {words.number(limit)}")
@@ -118,5 +120,5 @@ def _numbers(c: Contents, told: Told, first: float) -> str:
     parts = [f"The loss began at {words.number(first)}"]
     if len(finite) > 2:
         parts.append(f"had fallen to {words.number(float(finite.min()))}")
-    parts.append(f"ended at {words.number(figures.final(c.loss))}")
+    parts.append(f"{'stands' if c.alive else 'ended'} at {words.number(figures.final(c.loss))}")
     return f"{words.listing(parts)}."

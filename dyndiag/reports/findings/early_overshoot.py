@@ -38,8 +38,8 @@ def early_overshoot(told: Told, c: Contents) -> Finding:
         when=span(c, event),
         sure=word,
         dots=dots,
-        reason=f"the realised edge, exact for its batch, reached {words.number(most)} (1 is where a "
-        "step begins to raise the loss).",
+        reason=f"the realised edge, exact for its batch, reached {words.number(most)} (above 1 a "
+        "step raises the loss).",
         what="The rate was already too long for the curvature at that point. The edge ratio cannot "
         "say so this early, because the optimizer's moments are still settling.",
         people=(
@@ -49,7 +49,7 @@ def early_overshoot(told: Told, c: Contents) -> Finding:
         sources=(KALRA,),
         figures=evidence(
             figures.plain_line(
-                c, "stability/realised_edge", "Realised edge", "ζ; above 1 the step raised the loss",
+                c, "stability/realised_edge", "Realised edge", "ζ; above 1 a step raised the loss",
                 "realised edge", id=f"overshoot-{event.start}", height=110, cls="s1", log=False,
                 window=window,
             ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import numpy as np
 
@@ -99,7 +100,7 @@ def rate_cut(c: Contents, event: Event) -> tuple[int, float] | None:
     if event.end is None:
         return None
     changes = figures.rates(c)
-    for (_, before), (step, after) in zip(changes, changes[1:], strict=False):
+    for (_, before), (step, after) in pairwise(changes):
         interval = max(20, (event.end - event.start) * 3 // 20)
         if after < before and event.start < step <= event.end and event.end - step <= interval:
             return step, after / before
@@ -122,12 +123,16 @@ def _title(c: Contents, event: Event, name: str, cut: tuple[int, float] | None) 
     change = rate_change(c, event)
     if change is not None:
         found = limit(c, event)
-        new = f"the new threshold, {words.plain(found)}" if found is not None else "the new threshold"
+        new = (
+            f"the new threshold, {words.plain(found)}" if found is not None else "the new threshold"
+        )
         start = f"After the rate was {change[1]}, {subject.lower()} climbed to {new}"
     else:
         start = f"{subject} reached {name}"
     if cut is not None:
-        return f"{start}{' and' if ' and' not in start else ','} stayed there until the rate was cut"
+        return (
+            f"{start}{' and' if ' and' not in start else ','} stayed there until the rate was cut"
+        )
     if event.end is None:
         return start if start.startswith("After") else f"{start} and stayed there"
     return f"{start} and stayed there for {words.steps(event.end - event.start)} steps"
@@ -135,7 +140,8 @@ def _title(c: Contents, event: Event, name: str, cut: tuple[int, float] | None) 
 
 def _when(c: Contents, event: Event, series: str) -> str:
     if event.end is None and not c.alive:
-        when = f"steps {words.steps(event.start)} to {words.steps(c.last)}; still there when the run ended"
+        steps = f"steps {words.steps(event.start)} to {words.steps(c.last)}"
+        when = f"{steps}; still there when the run ended"
     else:
         when = span(c, event)
     if judged(c, series, event.start, end_of(c, event)).max(initial=0) > 1:
@@ -154,7 +160,8 @@ def _reason(c: Contents, event: Event, series: str) -> str:
         parts = [f"{words.count(len(values), 'sample')}, one batch each"]
     else:
         name = "edge ratio"
-        parts = [f"{words.steps(good)} of {words.steps(good + provisional + lost)} samples certified"]
+        total = words.steps(good + provisional + lost)
+        parts = [f"{words.steps(good)} of {total} samples certified"]
     if len(values):
         parts.append(
             f"median {name} {words.number(float(np.median(values)))} "
@@ -214,12 +221,15 @@ def _jumps(told: Told) -> str:
     times = words.often(len(told.inside))
     folds = [value(spike, "factor", spike.severity) for spike in told.inside]
     back = [spike.end - spike.start for spike in told.inside if spike.end is not None]
+    within = words.count(max(back), "step")
+    most = f"{words.number(max(folds), 2)}-fold"
+    if len(told.inside) == 1:
+        return (
+            f"The loss jumped once (notch on the timeline), {most}, and was back within {within}."
+        )
     return (
-        f"The loss jumped {times} (notches on the timeline), up to {words.number(max(folds), 2)}-fold, "
-        f"and was back within {words.count(max(back), 'step')} each time."
-        if len(told.inside) > 1
-        else f"The loss jumped {times} (notch on the timeline), {words.number(max(folds), 2)}-fold, "
-        f"and was back within {words.count(max(back), 'step')}."
+        f"The loss jumped {times} (notches on the timeline), up to {most}, and was back within "
+        f"{within} each time."
     )
 
 
@@ -251,11 +261,11 @@ def course(c: Contents, stays: list[Told]) -> str:
             other, at = later[0]
             change = rate_change(c, other)
             found = limit(c, other)
-            assert change is not None
+            assert change is not None  # that is how it was chosen
+            new = "the new threshold" + (f" of {words.plain(found)}" if found is not None else "")
             said += (
-                f", hovered there, and passed the new threshold"
-                f"{f' of {words.plain(found)}' if found is not None else ''} at step "
-                f"{words.steps(at)}, after the rate was {change[1]} at step {words.steps(change[0])}"
+                f", hovered there, and passed {new} at step {words.steps(at)}, after the rate was "
+                f"{change[1]} at step {words.steps(change[0])}"
             )
         parts.append(f"{said}.")
     if c.loss is not None and len(c.loss):
@@ -273,7 +283,7 @@ def rate_change(c: Contents, event: Event) -> tuple[int, str] | None:
         if e.kind == event.kind and e.end is not None and e.end <= event.start
     ]  # fmt: skip
     changes = figures.rates(c)
-    for (_, old), (step, new) in reversed(list(zip(changes, changes[1:], strict=False))):
+    for (_, old), (step, new) in reversed(list(pairwise(changes))):
         if before and before[-1] < step < event.start:
             halved = abs(new / old - 0.5) < 0.01 if old else False
             return step, "halved" if halved else "cut" if new < old else "raised"
@@ -309,7 +319,11 @@ def sentence(c: Contents, stays: list[Told]) -> str:
         )
     if deciding(event) == BATCH:
         found, values = limit(c, event), judged(c, BATCH, event.start, end_of(c, event))
-        level = f"{words.number(float(np.median(values)) / found, 2)} of" if found and len(values) else ""
+        level = (
+            f"{words.number(float(np.median(values)) / found, 2)} of"
+            if found and len(values)
+            else ""
+        )
         return (
             f"Batch sharpness hovered at {level or 'or near'} its threshold; with minibatches that "
             "is only a hint of the edge."

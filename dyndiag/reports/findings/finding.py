@@ -35,7 +35,9 @@ COHEN = Source(
     2021,
     "https://arxiv.org/abs/2103.00065",
 )
-DAMIAN = Source("Damian, Nichani, Lee", "Self-stabilization", 2022, "https://arxiv.org/abs/2209.15594")
+DAMIAN = Source(
+    "Damian, Nichani, Lee", "Self-stabilization", 2022, "https://arxiv.org/abs/2209.15594"
+)
 WORTSMAN_PROXIES = Source(
     "Wortsman et al.",
     "Small-scale proxies for large-scale Transformer training instabilities",
@@ -140,7 +142,9 @@ def span(c: Contents, event: Event) -> str:
     return f"from step {words.steps(event.start)}, {still}"
 
 
-def around(c: Contents, start: int, end: int, share: float = 0.35, least: int = 30) -> tuple[int, int]:
+def around(
+    c: Contents, start: int, end: int, share: float = 0.35, least: int = 30
+) -> tuple[int, int]:
     """Steps start … end with some room on both sides, within the run."""
     room = max(least, round(share * (end - start)))
     low, high = max(c.first, start - room), min(c.last, end + room)

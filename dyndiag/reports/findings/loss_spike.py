@@ -28,7 +28,6 @@ from dyndiag.reports.findings.finding import (
 from dyndiag.values import Event
 
 BEFORE = 50  # steps in which a precursor is looked for
-LOGITS = 1000.0  # a largest attention logit known to hurt
 
 
 def made_up(c: Contents, event: Event) -> bool:
@@ -106,6 +105,8 @@ def _sentence(c: Contents, event: Event, jumped: str, after: str, cause: str) ->
     link = "and" if "," not in after else ","
     said = f"{jumped} {link} {after}"
     if cause.startswith("attention"):
+        if after.startswith("was back"):  # a verdict has 25 words
+            said = f"{jumped} and came back"
         return f"{said}; {_peaked(c, event)} just before."
     if cause.startswith("the gradient"):
         return f"{said}; {cause}."
@@ -176,7 +177,7 @@ def precursor(c: Contents, event: Event) -> str:
         name, _, series = found
         early = series.within(c.first, c.first + max(20, (event.start - c.first) // 10))
         top = np.nanmax(series.within(first, event.start - 1))
-        if top >= LOGITS and (not len(early) or top >= 3 * np.nanmedian(early)):
+        if top >= figures.LOGITS and (not len(early) or top >= 3 * np.nanmedian(early)):
             return f"attention logits in {name}"
     norm = c.series.get("gradients/norm")
     if norm is not None:
@@ -222,11 +223,9 @@ def _what(c: Contents, event: Event, cause: str) -> str:
         name, top, series = found
         early = series.within(c.first, c.first + max(20, (event.start - c.first) // 10))
         values = series.within(event.start - BEFORE, event.start - 1)
-        steps = series.steps[
-            (series.steps >= event.start - BEFORE) & (series.steps < event.start)
-        ]
+        steps = series.steps[(series.steps >= event.start - BEFORE) & (series.steps < event.start)]
         at = int(steps[int(np.nanargmax(values))])
-        over = series.steps[series.values >= LOGITS]
+        over = series.steps[series.values >= figures.LOGITS]
         return (
             f"Attention logits in {safe(name)} had grown from "
             f"{words.number(float(np.nanmedian(early)))} to {words.number(top)} at step "
@@ -243,11 +242,8 @@ def _what(c: Contents, event: Event, cause: str) -> str:
         seen = ["gradient norm"]
         if figures.attention_names(c)[1]:
             seen.append("attention logits")
-        verb = "had not moved" if len(seen) == 1 else "had not moved"
-        parts.append(
-            f"{words.capital(words.listing(['the ' + seen[0], *seen[1:]]))} {verb} in the steps "
-            "before."
-        )
+        named = words.capital(words.listing([f"the {seen[0]}", *seen[1:]]))
+        parts.append(f"{named} had not moved in the steps before.")
         if event.peak - event.start <= 1:
             parts.append("A jump at full height within a step or two points to the data.")
     else:

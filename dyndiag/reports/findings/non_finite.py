@@ -33,8 +33,9 @@ def non_finite(told: Told, c: Contents) -> Finding:
     end = end_of(c, event)
     word, dots = surety(event)
     window = around(c, event.start, min(end, event.start + 60), share=0.5, least=60)
-    first = text(event, "first") or (event.series[0] if event.series else "a value")
+    first = _first(event)
     what = _name(first)
+    in_all = words.count(int(event.severity), "series", "series")
     became = text(event, "value").lower().replace("nan", "NaN").replace("inf", "infinite") or "NaN"
     return Finding(
         event=event,
@@ -43,7 +44,7 @@ def non_finite(told: Told, c: Contents) -> Finding:
         when=span(c, event),
         sure=word,
         dots=dots,
-        reason=f"the values themselves; {words.count(int(event.severity), 'series', 'series')} in all.",
+        reason=f"the values themselves; {in_all} in all.",
         what=_what(c, event),
         people=(
             f"Go back to a checkpoint before step {words.steps(event.start)}; weights that a "
@@ -59,12 +60,18 @@ def non_finite(told: Told, c: Contents) -> Finding:
         ),
         window=window,
         chapter="logits" if first.startswith(("attention", "logits")) else "gradients",
-        sentence=_sentence(event, first, became),
+        sentence=_sentence(c, event, first, became),
         numbers=_numbers(c, event),
         label="Non-finite" + ("" if event.end is None else f", until {words.steps(end)}"),
         short="Non-finite",
-        notches=tuple(spike.peak for spike in told.inside),
     )
+
+
+def _first(event: Event) -> str:
+    """The first series; one module's gradient rather than the whole norm that it spoils."""
+    first = text(event, "first") or (event.series[0] if event.series else "a value")
+    modules = [name for name in event.series if name.startswith("gradients/norm/")]
+    return modules[0] if first == "gradients/norm" and len(modules) == 1 else first
 
 
 def _name(series: str) -> str:
@@ -88,8 +95,10 @@ def _name(series: str) -> str:
     return known.get(series, safe(series))
 
 
-def _sentence(event: Event, first: str, became: str) -> str:
+def _sentence(c: Contents, event: Event, first: str, became: str) -> str:
     at = value(event, "loss_at")
+    if first == "train/loss" and event.start == c.first:
+        return f"The loss was {became} from the first step on."
     if first == "train/loss":
         others = [name for name in event.series if name != first]
         with_it = f", together with {_name(others[0])}" if others else ""
@@ -107,7 +116,8 @@ def _sentence(event: Event, first: str, became: str) -> str:
 def _what(c: Contents, event: Event) -> str:
     names = words.listing([_name(name) for name in event.series])
     many = int(event.severity)
-    more = f" and {many - len(event.series)} more" if many > len(event.series) else ""
+    later = many - len(event.series)
+    more = f"; {words.count(later, 'series', 'series')} more in all" if later > 0 else ""
     parts = [f"At the first step: {names}{more}."]
     norm = c.series.get("gradients/norm")
     if norm is not None:

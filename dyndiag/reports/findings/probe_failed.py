@@ -27,7 +27,10 @@ def probe_failed(told: Told, c: Contents) -> Finding:
         reason="the failure itself was recorded; nothing is estimated.",
         what=(f"{safe(message, 300)} " if message else "")
         + "Its values are missing at those steps; the training was not touched.",
-        people=("Nothing for the training itself.", "Read the message; the rest of the report stands."),
+        people=(
+            "Nothing for the training itself.",
+            "Read the message; the rest of the report stands.",
+        ),
         sources=(),
         figures=(),
         window=window,

@@ -94,10 +94,11 @@ def _reason(c: Contents, event: Event, series: str, factor: float) -> str:
     values = judged(c, series, since(event), end_of(c, event))
     good, provisional, _ = statuses(c, series, since(event), end_of(c, event))
     rose = int(np.sum(np.diff(values) > 0))
+    pairs = words.steps(max(0, len(values) - 1))
     parts = [
-        f"from sample to sample it rose {words.steps(rose)} of {words.steps(max(0, len(values) - 1))} "
-        "times",
-        f"since step {words.steps(since(event))} it has risen {words.percent(factor - 1)}, against the 20 % that the test asks for",
+        f"from sample to sample it rose {words.steps(rose)} of {pairs} times",
+        f"since step {words.steps(since(event))} it has risen {words.percent(factor - 1)}, against "
+        "the 20 % that the test asks for",
     ]
     if provisional:
         parts.append(
@@ -110,8 +111,8 @@ def _reason(c: Contents, event: Event, series: str, factor: float) -> str:
 def _sentence(c: Contents, event: Event, factor: float, series: str) -> str:
     if c.get("stability/threshold") is None and c.get("stability/edge_ratio") is None:
         return (
-            f"{_subject(series)} {words.fold(factor)}; for this optimizer no threshold is known, so "
-            "nothing is said about the edge."
+            f"{_subject(series)} {words.fold(factor)}; for this optimizer no threshold is known, "
+            "so nothing is said about the edge."
         )
     between = f"between steps {words.steps(since(event))} and {words.steps(end_of(c, event))}"
     said = f"{_subject(series)} {words.fold(factor)} {between}"
@@ -123,7 +124,9 @@ def _sentence(c: Contents, event: Event, factor: float, series: str) -> str:
 
 def _numbers(c: Contents, event: Event, series: str) -> str:
     first, last = first_and_last(judged(c, series, since(event), end_of(c, event)))
-    parts = [f"It went from {words.number(first)} to {words.number(last)}."] if first == first else []
+    parts = (
+        [f"It went from {words.number(first)} to {words.number(last)}."] if first == first else []
+    )
     ratio = judged(c, "stability/edge_ratio", c.first, c.last)
     if len(ratio):
         parts.append(f"The edge ratio was {words.number(float(ratio[-1]), 2)} at the last sample.")

@@ -27,6 +27,7 @@ from dyndiag.reports.findings.finding import (
 from dyndiag.values import Event
 
 PREFIX = "continual/accuracy/"
+WINDOW = 300  # steps after a switch that the detector watches
 
 
 def stability_gap(told: Told, c: Contents) -> Finding:
@@ -36,18 +37,14 @@ def stability_gap(told: Told, c: Contents) -> Finding:
     before, lowest, after = levels(c, event)
     end = end_of(c, event)
     word, dots = surety(event)
-    window = (max(c.first, switch - 30), min(c.last, max(end, event.peak) + max(60, (end - switch) // 2)))
+    room = max(60, (end - switch) // 2)
+    window = (max(c.first, switch - 30), min(c.last, max(end, event.peak) + room))
     depth, missing = before - lowest, before - after
     name, other = safe(task, 30), safe(new, 30)
-    title = (
-        f"Task {name} fell from {words.percent(before, 1)} to {words.percent(lowest, 1)} right after "
-        f"the switch, and came back to {words.percent(after, 1)}"
-    )
+    fell = f"Task {name} fell from {words.percent(before, 1)} to {words.percent(lowest, 1)}"
+    title = f"{fell} right after the switch, and came back to {words.percent(after, 1)}"
     if event.end is None:
-        title = (
-            f"Task {name} fell from {words.percent(before, 1)} to {words.percent(lowest, 1)} after the "
-            "switch and was not back when the run ended"
-        )
+        title = f"{fell} after the switch and was not back when the run ended"
     return Finding(
         event=event,
         urgency="look",
@@ -110,7 +107,7 @@ def levels(c: Contents, event: Event) -> tuple[float, float, float]:
         return (math.nan, math.nan, math.nan)
     _, switch = switched_to(c, event)
     later = [start for start in starts(c).values() if start > switch]
-    until = min([switch + int(value(event, "window", 300)), *[start - 1 for start in later], c.last])
+    until = min([switch + WINDOW, *[start - 1 for start in later], c.last])
     before = series.within(c.first, switch - 1)[-MEAN_OF:]
     inside = series.within(switch, until)
     lowest = series.at(event.peak)
@@ -127,15 +124,17 @@ def _when(c: Contents, event: Event, switch: int) -> str:
 
 
 def _reason(c: Contents, event: Event) -> str:
-    before, lowest, after = levels(c, event)
+    _, lowest, after = levels(c, event)
     transient = value(event, "transient", after - lowest)
-    floor = value(event, "floor", value(event, "threshold", 0.05))
+    floor = value(event, "threshold", 0.05)
     samples = c.series.get(f"continual/samples/{_task(event)}")
-    many = f" ({words.steps(int(np.nanmax(samples.values)))} predictions)" if samples is not None else ""
+    many = ""
+    if samples is not None and len(samples):
+        many = f" ({words.steps(int(np.nanmax(samples.values)))} predictions)"
     reason = (
         f"the part that came back, {words.points(transient, 1)} points, is "
         f"{words.number(transient / floor, 2)} times the least that counts, "
-        f"{words.points(floor, 1)}{many}."
+        f"{words.points(floor, 1)} points{many}."
     )
     series = c.series.get(PREFIX + _task(event))
     if series is not None:
@@ -144,16 +143,14 @@ def _reason(c: Contents, event: Event) -> str:
         reason += (
             " Evaluated at every step, so the lowest point was not missed."
             if apart == 1
-            else f" Evaluations lie up to {words.steps(apart)} steps apart; the true minimum may be "
-            "lower."
+            else f" Evaluations lie up to {words.steps(apart)} steps apart; the true minimum may "
+            "be lower."
         )
     doubt = text(event, "in_doubt")
     return f"{reason} In doubt: {doubt}." if doubt else reason
 
 
-def _what(
-    c: Contents, task: str, before: float, lowest: float, after: float, switch: int
-) -> str:
+def _what(c: Contents, task: str, before: float, lowest: float, after: float, switch: int) -> str:
     missing = before - after
     parts = [
         f"New-task gradients overwrite what task {safe(task, 30)} needs before it is repaired.",

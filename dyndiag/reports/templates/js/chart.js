@@ -171,7 +171,8 @@ class Chart {
     const g = this.g, [a, b] = this.domain;
     for (const note of this.timeline ? [] : this.spec.notes || []) {
       if (note.x < a || note.x > b || (note.wide && g.narrow)) continue;
-      const y = note.y === undefined ? g.t + (note.dy || 12) : this.Y(note.y) + (note.dy || 0);
+      let y = note.y === undefined ? g.t + (note.dy || 12) : this.Y(note.y) + (note.dy || 0);
+      if (y < g.t + 6) y = this.Y(note.y) + 15;  // no room above: below
       const px = this.X(note.x) + (note.dx || 0), long = note.text.length * 6.2;
       const turn = !note.anchor && px + long > g.w ? 'end' : note.anchor || 'start';
       svg.append(svgNode('text', { class: 'note-text', x: turn === 'end' && px - long < g.l ? Math.min(g.w - 2, g.l + long) : px, y: Math.max(11, y), 'text-anchor': turn }, note.text));
@@ -250,7 +251,7 @@ class Chart {
     }
     if (!this.where) return;
     const caption = this.where.parentNode;
-    if (on && !caption.classList.contains('reading')) { caption.style.height = `${caption.offsetHeight}px`; caption.classList.add('reading'); }
+    if (on && !caption.classList.contains('reading')) { caption.style.height = `${caption.getBoundingClientRect().height}px`; caption.classList.add('reading'); }
     else if (!on && caption.classList.contains('reading')) { caption.classList.remove('reading'); caption.style.height = ''; }
     this.where.textContent = on ? 'step ' + integer(x) : '';
     for (const [mark, value] of this.out) {

@@ -1,4 +1,5 @@
 /* The page around the charts: zoom buttons, colour scheme, contents list, printing. */
+for (const needing of document.querySelectorAll('.goto, .modes')) needing.hidden = false;
 for (const figure of document.querySelectorAll('figure[data-chart]')) {
   const spec = DATA.charts[figure.dataset.chart];
   if (spec.kind === 'density') new DensityChart(figure, spec); else new Chart(figure, spec);

@@ -1,0 +1,138 @@
+"""What the monitor costs a training, as ratios within one run.
+
+    OMP_NUM_THREADS=1 python benchmarks/overhead.py
+
+A GPT of about 1 M parameters on batches of 16 × 64 tokens. Steps with and without the monitor
+alternate in blocks, so that a slow machine is slow for both; medians over blocks. The always-on
+part is measured with a budget too small for any sampled probe, each of its parts on its own; the
+sampled part as its share of training time over a run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import dyndiag
+import dyndiag.probes
+from dyndiag.demos.spike import CharacterModel, next_character
+
+
+def problem() -> tuple[nn.Module, torch.optim.Optimizer, list[tuple[torch.Tensor, torch.Tensor]]]:
+    torch.manual_seed(0)
+    model = CharacterModel(width=144, heads=4, layers=4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    tokens = torch.randint(128, (8, 16, 65))
+    return model, optimizer, [(t[:, :-1], t[:, 1:]) for t in tokens]
+
+
+def block(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: list[tuple[torch.Tensor, torch.Tensor]],
+    after: Callable[..., None] | None,
+) -> float:
+    """Seconds a step, over one pass through the batches."""
+    began = time.perf_counter()
+    for batch in batches:
+        loss = next_character(model, batch)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if after is not None:
+            after(loss=loss, batch=batch)
+    return (time.perf_counter() - began) / len(batches)
+
+
+def always_on(blocks: int) -> None:
+    """Two equal trainings side by side, one of them watched; a block of each in turn."""
+    dyndiag.probes.GRACE = 0.0  # without it the first two seconds of samples would be in here
+    plain, watched = problem(), problem()
+    count = sum(p.numel() for p in plain[0].parameters())
+    with tempfile.TemporaryDirectory() as folder:
+        monitor = dyndiag.Monitor(
+            watched[0], watched[1], next_character, run=Path(folder) / "run", budget=1e-9
+        )
+        for _ in range(6):  # past the first 44 steps, where weights are copied at every step
+            block(*plain, None), block(*watched, monitor.step)
+        pairs = []
+        for i in range(blocks):
+            both = [(plain, None), (watched, monitor.step)]
+            order = both if i % 2 == 0 else both[::-1]
+            seconds = {after is None: block(*p, after) for p, after in order}
+            pairs.append((seconds[True], seconds[False]))
+        monitor.close()
+    dyndiag.probes.GRACE = 2.0
+    ratios = sorted(with_it / without for without, with_it in pairs)
+    low, high = ratios[len(ratios) // 4], ratios[3 * len(ratios) // 4]
+    step = statistics.median(without for without, _ in pairs)
+    print(f"GPT, {count:,} parameters, {1000 * step:.1f} ms a step, {blocks} pairs of blocks")
+    print(
+        f"always on: step with the monitor / without = {statistics.median(ratios):.4f} "
+        f"(quartiles {low:.4f} to {high:.4f}); bar 1.02"
+    )
+
+
+def keeping(steps: int) -> None:
+    """Store, detectors and TensorBoard, on the training's thread, at the GPT's own series."""
+    from dyndiag.boundary import Boundary
+    from dyndiag.keeping import Keeper
+
+    model, optimizer, batches = problem()
+    with tempfile.TemporaryDirectory() as folder:
+        with dyndiag.Monitor(
+            model, optimizer, next_character, run=Path(folder) / "a", budget=1e-9
+        ) as monitor:
+            block(model, optimizer, batches, monitor.step)
+        run = dyndiag.Run(Path(folder) / "a")
+        values = dict(list(run.rows())[-1][1])
+        for tensorboard in (False, True):
+            name = f"b{int(tensorboard)}"
+            keeper = Keeper(Path(folder) / name, None, Boundary(), None, tensorboard)
+            seconds = 0.0
+            for first in range(0, steps, 10):  # a flush a second at 100 ms a step
+                rows = [(step, dict(values)) for step in range(first, first + 10)]
+                began = time.perf_counter()
+                keeper.keep(rows, {})
+                seconds += time.perf_counter() - began
+            keeper.close()
+            what = "store, detectors and TensorBoard" if tensorboard else "store and detectors"
+            print(
+                f"{what}: {1e6 * seconds / steps:.0f} µs a step at {len(values)} values, "
+                "ten steps a flush"
+            )
+
+
+def sampled(seconds: float) -> None:
+    """Share of training time that the sampled probes took, at the default budget of 5 %."""
+    model, optimizer, batches = problem()
+    with tempfile.TemporaryDirectory() as folder:
+        with dyndiag.Monitor(model, optimizer, next_character, run=folder) as monitor:
+            began = time.perf_counter()
+            while time.perf_counter() - began < seconds:
+                block(model, optimizer, batches, monitor.step)
+        metadata = dyndiag.Run(folder).metadata
+    spent = sum(cost["seconds"] for cost in metadata["cost"].values())
+    samples = {name: cost["samples"] for name, cost in metadata["cost"].items()}
+    print(
+        f"sampled: {spent:.1f} s in {metadata['training_seconds']:.0f} s of training = "
+        f"{100 * spent / metadata['training_seconds']:.1f} % (budget 5 %); samples {samples}"
+    )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--blocks", type=int, default=60)
+    parser.add_argument("--seconds", type=float, default=300)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    always_on(arguments.blocks)
+    keeping(2000)
+    sampled(arguments.seconds)

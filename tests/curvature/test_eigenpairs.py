@@ -1,0 +1,367 @@
+"""Eigenpairs: right, with bounds that hold, at the stated cost, and honest when they fail."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dyndiag.curvature import Eigenpairs, Operator, Outcome, eigenpairs
+from dyndiag.errors import DyndiagError
+from tests.oracles.spectra import (
+    SPECTRA,
+    counted,
+    dense,
+    matrix_with,
+    of_diagonal,
+    of_matrix,
+    seeded,
+)
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])
+ENDS = ("largest", "smallest", "both", "magnitude")
+
+
+def expected(spectrum: np.ndarray, k: int, which: str) -> np.ndarray:
+    ascending = np.sort(spectrum)
+    match which:
+        case "largest":
+            return ascending[::-1][:k]
+        case "smallest":
+            return ascending[:k]
+        case "both":
+            return np.r_[ascending[::-1][:k], ascending[:k]]
+    return ascending[np.argsort(-np.abs(ascending), kind="stable")][:k]
+
+
+def misfits(operator: Operator, pairs: Eigenpairs) -> Tensor:
+    """‖Av − λv‖ of each pair, from the definition, in the operator's own arithmetic."""
+    images = torch.stack([operator.product(v) for v in pairs.vectors]).double()
+    return (images - pairs.values[:, None] * pairs.vectors.double().cpu()).norm(dim=1)
+
+
+class TestTruth:
+    @pytest.mark.parametrize("which", ENDS)
+    @pytest.mark.parametrize("name", SPECTRA)
+    def test_outermost_pair(self, name, which):
+        operator = of_matrix(matrix_with(SPECTRA[name]))
+        pairs = eigenpairs(operator, which=which)
+        truth = expected(SPECTRA[name], 1, which)
+        top, bottom = SPECTRA[name].max(), SPECTRA[name].min()
+        if pairs.upper_bound is not None:
+            assert pairs.upper_bound >= top
+        if pairs.lower_bound is not None:
+            assert pairs.lower_bound <= bottom
+        assert (pairs.upper_bound is None) is (which == "smallest")
+        assert (pairs.lower_bound is None) is (which == "largest")
+        if not pairs.converged:  # only where the end asked for is 0 or next to it
+            assert np.abs(truth).min() < 1e-3 * np.abs(SPECTRA[name]).max()
+            return
+        found = pairs.values.abs() if which == "magnitude" else pairs.values
+        truth = np.abs(truth) if which == "magnitude" else truth  # a tie of ± may fall either way
+        np.testing.assert_allclose(found, truth, rtol=1e-3)
+
+    @pytest.mark.parametrize("which", ENDS)
+    def test_several(self, which):
+        spectrum = np.r_[-6.0, -5.0, -3.5, np.linspace(-1, 1, 100), 3.0, 4.0, 7.0]
+        operator = of_matrix(matrix_with(spectrum))
+        pairs = eigenpairs(operator, 3, which=which)
+        assert pairs.converged
+        np.testing.assert_allclose(pairs.values, expected(spectrum, 3, which), rtol=1e-6)
+        assert pairs.vectors.shape == (len(pairs.values), 106)
+        gram = pairs.vectors @ pairs.vectors.T
+        assert (gram - torch.eye(len(gram))).abs().max() < 1e-12
+
+    def test_algebraic_and_not_by_magnitude(self):
+        spectrum = np.r_[-30.0, np.linspace(-1, 1, 50), 21.0]
+        assert eigenpairs(of_diagonal(spectrum)).values[0] == pytest.approx(21.0)
+        found = eigenpairs(of_diagonal(spectrum), which="magnitude")
+        assert found.values[0] == pytest.approx(-30.0)
+
+    def test_by_magnitude_both_ends_are_certified(self):
+        """−1.05 hides behind 1 in a residual; the bound on the left must exclude it."""
+        spectrum = np.r_[-1.05, np.linspace(-0.3, 0.3, 200), 1.0]
+        operator = of_diagonal(spectrum)
+        for seed in range(100):
+            pairs = eigenpairs(operator, which="magnitude", generator=seeded(seed))
+            assert pairs.converged
+            assert pairs.values[0] == pytest.approx(-1.05, rel=1e-3)
+
+    def test_ten_close_outliers(self):
+        spectrum = np.r_[np.linspace(0, 1, 1990), np.linspace(4.1, 5, 10)]
+        pairs = eigenpairs(of_diagonal(spectrum), 10)
+        assert pairs.converged
+        np.testing.assert_allclose(pairs.values, spectrum[:-11:-1], rtol=1e-3)
+
+
+class TestBounds:
+    @DTYPES
+    @pytest.mark.parametrize("name", SPECTRA)
+    @pytest.mark.parametrize("budget", [3, 12, 40])
+    def test_error_bounds_hold_for_the_operator_itself(self, name, budget, dtype):
+        matrix = matrix_with(SPECTRA[name])
+        operator = of_matrix(matrix, dtype)
+        pairs = eigenpairs(operator, 2, which="both", max_products=budget)
+        assert (misfits(operator, pairs) <= pairs.error_bounds).all()
+        spectrum = torch.linalg.eigvalsh(dense(operator).double())
+        nearest = (pairs.values[:, None] - spectrum).abs().min(dim=1).values
+        assert (nearest <= pairs.error_bounds).all()
+
+    @DTYPES
+    def test_bounds_never_claim_more_than_the_arithmetic_can_know(self, dtype):
+        """On a rank-one operator the recurrence's own residual is 0, or 1e-20."""
+        operator = of_matrix(matrix_with(np.r_[np.zeros(199), 3.0]), dtype)
+        pairs = eigenpairs(operator)
+        assert pairs.converged
+        eps = torch.finfo(dtype).eps
+        assert misfits(operator, pairs) <= pairs.error_bounds <= 1e3 * eps * 3.0
+
+    def test_the_certificate_keeps_a_residual_from_lying(self):
+        """4.9 beside 5.0: a residual of 1 % alone stops many starts at 4.9."""
+        spectrum = np.r_[np.linspace(0, 1, 118), 4.9, 5.0]
+        operator = of_diagonal(spectrum)
+        wrong = {0.01: 0, math.inf: 0}
+        for width in wrong:
+            generator = seeded(1)
+            for _ in range(300):
+                pairs = eigenpairs(
+                    operator, relative_tolerance=0.01, certificate_width=width, generator=generator
+                )
+                assert pairs.converged
+                wrong[width] += bool(pairs.values[0] < 0.99 * 5.0)
+        assert wrong[0.01] <= 4  # P(more than 4 of 300, at a risk of 1e-3) = 2e-5
+        assert wrong[math.inf] > 15
+
+    def test_nothing_hides_between_the_values(self):
+        """Of 4, 3, 2, 1 above a bulk, a start almost without the 3 must not return 4, 2, 1."""
+        spectrum = np.r_[np.linspace(-0.5, 0.5, 96), 1.0, 2.0, 3.0, 4.0]
+        operator = of_diagonal(spectrum)
+        for seed in range(100):
+            pairs = eigenpairs(operator, 3, relative_tolerance=0.05, generator=seeded(seed))
+            assert pairs.converged
+            np.testing.assert_allclose(pairs.values, [4, 3, 2], rtol=0.05)
+
+    def test_out_of_products_it_says_so_and_by_how_much(self):
+        operator = of_diagonal(SPECTRA["pair 4.9/5.0 over a bulk"])
+        pairs = eigenpairs(operator, max_products=3)
+        assert pairs.outcome is Outcome.BUDGET_SPENT
+        assert not pairs.converged
+        assert pairs.products == 3
+        assert pairs.error_bounds[0] > 1e-3 * pairs.values[0]
+        assert pairs.upper_bound > 5.0
+
+
+class TestStarts:
+    def test_a_wrong_warm_start_does_not_hide_the_top(self):
+        """An exact eigenvector of another eigenvalue: its residual is 0 at once."""
+        spectrum = np.r_[np.linspace(0, 1, 398), 4.9, 5.0]
+        wrong = torch.zeros(400).double()
+        wrong[-2] = 1
+        for seed in range(50):
+            pairs = eigenpairs(of_diagonal(spectrum), start=wrong, generator=seeded(seed))
+            assert pairs.converged
+            assert pairs.values[0] == pytest.approx(5.0, rel=1e-3)
+
+    def test_a_good_one_saves_products_where_the_residual_decides(self):
+        spectrum = np.r_[np.linspace(0, 1, 2000), 1.1]
+        operator = of_diagonal(spectrum)
+        cold = eigenpairs(operator, certificate_width=math.inf)
+        warm = eigenpairs(operator, certificate_width=math.inf, start=cold.vectors[0])
+        assert warm.products <= cold.products - 5
+        assert warm.values[0] == pytest.approx(1.1, rel=1e-5)
+
+    def test_any_dtype_and_length_of_vector_will_do(self):
+        operator = of_diagonal(np.r_[np.linspace(0, 1, 50), 3.0])
+        one = eigenpairs(operator, start=torch.ones(51))
+        other = eigenpairs(operator, start=1e6 * torch.ones(51).double())
+        torch.testing.assert_close(one.vectors, other.vectors)
+
+
+class TestCost:
+    @pytest.mark.parametrize("which", ENDS)
+    @pytest.mark.parametrize("name", SPECTRA)
+    def test_the_stated_cost_is_the_cost_paid(self, name, which):
+        operator, calls = counted(of_diagonal(SPECTRA[name]))
+        pairs = eigenpairs(operator, 2, which=which)
+        assert pairs.products == len(calls) <= 64 + 8 * (len(pairs.values) - 1)
+
+    def test_never_more_products_than_dimensions(self):
+        operator, calls = counted(of_diagonal(np.linspace(-1, 1, 9)))
+        assert eigenpairs(operator, 9, relative_tolerance=1e-12).converged
+        assert len(calls) == 9
+
+    def test_certified_at_a_third_of_arpacks_first_look(self):
+        """eigsh cannot look before its 20th product."""
+        operator = of_diagonal(np.r_[np.linspace(0, 1, 1998), 2.0, 6.0])
+        pairs = eigenpairs(operator)
+        assert pairs.converged
+        assert pairs.products <= 8
+
+
+class TestRandomness:
+    operator = of_diagonal(SPECTRA["indefinite"])
+
+    def test_the_same_answer_at_every_call(self):
+        one, other = eigenpairs(self.operator), eigenpairs(self.operator)
+        assert torch.equal(one.vectors, other.vectors)
+        assert one.upper_bound == other.upper_bound
+
+    def test_a_generator_moves_on(self):
+        generator = seeded(3)
+        one = eigenpairs(self.operator, generator=generator)
+        other = eigenpairs(self.operator, generator=generator)
+        assert not torch.equal(one.vectors, other.vectors)
+        again = eigenpairs(self.operator, generator=seeded(3))
+        assert torch.equal(one.vectors, again.vectors)
+
+    def test_global_streams_stay_where_they_are(self):
+        before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+        eigenpairs(self.operator, start=torch.ones(120))
+        assert torch.equal(torch.get_rng_state(), before[0])
+        assert (np.random.get_state()[1] == before[1]).all()
+        assert random.getstate() == before[2]
+
+
+@DTYPES
+class TestSmallAndDegenerate:
+    def solve(self, spectrum, dtype, *args, **options) -> Eigenpairs:
+        operator = of_matrix(matrix_with(spectrum), dtype)
+        pairs = eigenpairs(operator, *args, **options)
+        assert (misfits(operator, pairs) <= pairs.error_bounds).all()
+        return pairs
+
+    def test_one_dimension(self, dtype):
+        for value in (3.0, 0.0, -2.0):
+            pairs = self.solve([value], dtype, which="both")
+            assert pairs.converged
+            assert pairs.products == 1
+            assert pairs.values.tolist() == [value, value]
+
+    def test_two_dimensions(self, dtype):
+        pairs = self.solve([1.0, -3.0], dtype, 2)
+        assert pairs.converged
+        np.testing.assert_allclose(pairs.values, [1.0, -3.0], rtol=1e-5)
+
+    def test_zero(self, dtype):
+        pairs = self.solve(np.zeros(40), dtype, 3, which="both")
+        assert pairs.converged
+        assert not pairs.values.any()
+        assert not pairs.error_bounds.any()
+        assert pairs.upper_bound == pairs.lower_bound == 0.0
+
+    def test_rank_one(self, dtype):
+        pairs = self.solve(np.r_[np.zeros(39), 5.0], dtype, 2)
+        assert pairs.converged
+        np.testing.assert_allclose(pairs.values, [5.0, 0.0], atol=1e-5)
+
+    @pytest.mark.parametrize(
+        ("spectrum", "k", "truth"),
+        [
+            (np.ones(40), 3, [1, 1, 1]),
+            (np.r_[np.zeros(38), 3.0, 3.0], 2, [3, 3]),
+            (np.r_[np.zeros(37), 3.0, 3.0, 3.0], 4, [3, 3, 3, 0]),
+            (np.r_[-np.ones(20), 2 * np.ones(20)], 3, [2, 2, 2]),
+        ],
+        ids=["identity", "twice", "thrice", "half and half"],
+    )
+    def test_copies_of_an_eigenvalue_where_the_space_is_exhausted(self, dtype, spectrum, k, truth):
+        pairs = self.solve(spectrum, dtype, k)
+        assert pairs.converged
+        np.testing.assert_allclose(pairs.values, truth, atol=1e-5)
+        assert pairs.products <= 3 * k + 2
+
+    def test_negative_definite(self, dtype):
+        pairs = self.solve(np.r_[np.linspace(-9, -5, 60), -1.0], dtype)
+        assert pairs.converged
+        assert pairs.values[0] == pytest.approx(-1.0, rel=1e-3)
+        assert -1.0 <= pairs.upper_bound <= -0.99 + 1e-6
+
+    def test_more_ends_than_dimensions_overlap(self, dtype):
+        pairs = self.solve([1.0, 2.0, 4.0], dtype, 2, which="both")
+        assert pairs.converged
+        np.testing.assert_allclose(pairs.values, [4, 2, 1, 2], rtol=1e-5)
+
+
+class TestNotFinite:
+    def spoilt(self, after: int) -> Operator:
+        operator, calls = counted(of_diagonal(np.linspace(-1, 1, 30)))
+        inner = operator.product
+        return Operator(
+            lambda v: inner(v) / (len(calls) <= after), 30, torch.float64, operator.device
+        )
+
+    def test_at_once(self):
+        pairs = eigenpairs(self.spoilt(0), 2)
+        assert pairs.outcome is Outcome.NOT_FINITE
+        assert not pairs.converged
+        assert pairs.products == 1
+        assert pairs.values.isnan().all()
+        assert pairs.error_bounds.isinf().all()
+        assert pairs.upper_bound == math.inf
+
+    def test_later_it_keeps_what_it_knew(self):
+        pairs = eigenpairs(self.spoilt(5))
+        assert pairs.outcome is Outcome.NOT_FINITE
+        assert pairs.products == 6
+        assert 0 < pairs.values[0] <= 1 <= pairs.upper_bound
+        assert pairs.error_bounds.isfinite().all()
+
+
+class TestAtTheDoor:
+    operator = of_diagonal([1.0, 2.0, 3.0])
+
+    @pytest.mark.parametrize(
+        ("options", "sentence"),
+        [
+            ({"k": 0}, r"between 1 and the operator's size, 3, but it is 0"),
+            ({"k": 4}, r"between 1 and the operator's size, 3, but it is 4"),
+            ({"which": "LM"}, r"one of largest, smallest, both, magnitude, not 'LM'"),
+            ({"relative_tolerance": 0.0}, r"above 0, but they are 0.0 and 0.01"),
+            ({"certificate_width": -1.0}, r"above 0, but they are 0.001 and -1.0"),
+            ({"risk": 1.0}, r"probability between 0 and 1, but it is 1.0"),
+            ({"k": 2, "max_products": 1}, r"at least 2 products, but max_products is 1"),
+            ({"start": torch.ones(2)}, r"shape \(3,\).*but it has shape \(2,\)"),
+            ({"start": torch.zeros(3)}, r"finite and not zero, but its norm is 0.0"),
+            ({"start": torch.tensor([1, math.nan, 0])}, r"but its norm is nan"),
+        ],
+    )
+    def test_bad_arguments(self, options, sentence):
+        with pytest.raises(DyndiagError, match=sentence):
+            eigenpairs(self.operator, **options)
+
+
+@st.composite
+def matrices(draw) -> Tensor:
+    """Small symmetric matrices; integers make copies, zeros and exact ranks common."""
+    n = draw(st.integers(1, 7))
+    entry = draw(st.sampled_from([st.integers(-2, 2).map(float), st.floats(-1e3, 1e3, width=32)]))
+    flat = draw(st.lists(entry, min_size=n * n, max_size=n * n))
+    root = torch.tensor(flat, dtype=torch.float64).view(n, n)
+    return root + root.T
+
+
+@settings(max_examples=150, deadline=None)
+@given(matrices(), st.sampled_from(ENDS), st.integers(1, 7), st.integers(1, 7))
+def test_on_any_small_matrix_the_claims_hold(matrix, which, k, budget):
+    n = len(matrix)
+    k, budget = min(k, n), min(max(k, budget), n)
+    operator, calls = counted(of_matrix(matrix))
+    pairs = eigenpairs(operator, k, which=which, max_products=budget)
+    assert pairs.products == len(calls) <= budget
+    assert (misfits(operator, pairs) <= pairs.error_bounds).all()
+    spectrum = torch.linalg.eigvalsh(matrix)
+    slack = 1e-12 * spectrum.abs().max()
+    assert (pairs.values <= spectrum[-1] + slack).all()  # Ritz values lie inside the spectrum
+    assert (pairs.values >= spectrum[0] - slack).all()
+    if budget == n:
+        assert pairs.converged
+        truth = expected(spectrum.numpy(), k, which)
+        found = pairs.values.abs().numpy() if which == "magnitude" else pairs.values.numpy()
+        truth = np.abs(truth) if which == "magnitude" else truth
+        assert np.abs(found - truth).max() <= 1e-2 * np.abs(truth).max() + slack
