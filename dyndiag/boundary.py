@@ -14,11 +14,13 @@ _PACKAGE = str(Path(__file__).parent)
 
 
 def _outside() -> int:
-    """Stack level of the user's own line, for a warning raised in the calling function."""
-    frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+    """Stack level, seen from the caller, of the user's line that called into dyndiag."""
+    frame, level, outside = sys._getframe(1), 1, 1
+    while frame.f_back is not None:
+        if frame.f_code.co_filename.startswith(_PACKAGE):
+            outside = level + 1
         frame, level = frame.f_back, level + 1
-    return level
+    return outside
 
 
 class DyndiagWarning(UserWarning):

@@ -266,7 +266,7 @@ def _fix_random_streams() -> None:
     random.seed(_SEED)
     np.random.seed(_SEED)
     torch.default_generator.manual_seed(_SEED)
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+    if torch.cuda.is_initialized():
         torch.cuda.manual_seed_all(_SEED)
     if torch.backends.mps.is_available():
         torch.mps.manual_seed(_SEED)

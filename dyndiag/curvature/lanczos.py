@@ -15,7 +15,7 @@ from dyndiag.curvature.operator import Operator
 Floats = NDArray[np.float64]
 
 ROUNDING = 64.0
-"""Rounding of a product and its reorthogonalisation, in units of eps · (largest |Ritz value|).
+"""Rounding of a product and its reorthogonalisation, in units of eps · ‖A‖ as far as it is known.
 
 In float32, converged pairs of small networks (1,500 to 350,000 parameters) had ‖Av − λv‖ of 4 to
 20 such units, recomputed, where the recurrence said zero.
@@ -105,7 +105,9 @@ class Lanczos:
 
     def rounding(self, values: Floats) -> float:
         """What rounding may hide in a Ritz value or residual, given all Ritz values."""
-        return ROUNDING * torch.finfo(self._operator.dtype).eps * float(np.abs(values).max())
+        # Early Ritz values may be small by chance where the coefficients are not.
+        size = max(self._scale, float(np.abs(values).max()))
+        return ROUNDING * torch.finfo(self._operator.dtype).eps * size
 
 
 def norms(vectors: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import ClassVar
@@ -136,12 +137,13 @@ class _Stretch:
             details["non_finite_at"] = self.non_finite_at
         first = self.first if math.isfinite(self.first) else 1.0
         highest = self.highest if math.isfinite(self.highest) else first
+        severity = highest / first if first > 0 else highest - first
         return Event(
             Divergence.kind,
             self.start,
             self.peak,
             self.end,
-            severity=highest / first if first > 0 else highest - first,
+            severity=min(severity, sys.float_info.max),
             confidence=0.95,
             series=("train/loss",),
             details=details,

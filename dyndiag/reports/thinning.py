@@ -79,16 +79,17 @@ def windows(spans: Sequence[tuple[int, int]], around: int = WINDOW) -> list[tupl
 def breaks(steps: Steps) -> list[int]:
     """Indices of points that follow a gap, so that no line is drawn across it.
 
-    Where nine tenths of the intervals are equal, a longer one is a gap; where a schedule varies
-    them, only one of more than twenty times the usual.
+    Where nine tenths of the intervals are equal, a single longer one is a gap; where a schedule
+    varies them, one that is more than twenty times as long as those next to it.
     """
     if len(steps) < 3:
         return []
     delta = np.diff(steps)
     usual = float(np.median(delta))
     regular = float(np.mean(delta == usual)) >= 0.9
-    limit = 1.5 * usual if regular else 20 * float(np.quantile(delta, 0.9))
-    return [int(i) + 1 for i in np.flatnonzero(delta > limit)]
+    beside = np.maximum(np.r_[0, delta[:-1]], np.r_[delta[1:], 0])
+    gap = delta > (1.5 if regular else 20) * beside
+    return [int(i) + 1 for i in np.flatnonzero(gap)]
 
 
 def running_median(values: Floats, half: int = 5) -> Floats:

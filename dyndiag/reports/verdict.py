@@ -78,14 +78,9 @@ def _nothing(c: Contents, found: Findings) -> str:
             f"The run may have been at the edge from its start; the {samples} are too few to tell "
             "that from a coincidence."
         )
-    if len(ratio):
-        top = float(ratio.max())
-        said = (
-            f"the edge ratio never passed {words.number(top, 2 if top >= 0.1 else 1)}"
-            if top < 1
-            else f"the edge ratio was at most {words.number(top, 2)}"
-        )
-        return f"Nothing to report: no event in {many}, and {said}."
+    if len(ratio) and ratio.max() < 1:
+        top = words.number(float(ratio.max()), 2)
+        return f"Nothing to report: no event in {many}, and the edge ratio never passed {top}."
     return f"Nothing to report: no event in {many}."
 
 
@@ -143,6 +138,13 @@ def _sampling(c: Contents) -> str:
     one = figures.main_sharpness(c)
     if one is None or len(one) < 2:
         return ""
+    if one.steps[-1] - c.first < 0.5 * (c.last - c.first):
+        many = words.count(len(one), "time")
+        return (
+            f"Curvature was sampled {many}, for the last time at step "
+            f"{words.steps(int(one.steps[-1]))}; of later steps the report knows only loss and "
+            "gradients."
+        )
     apart = float(np.median(np.diff(one.steps)))
     low, high = float(np.nanmin(one.values)), float(np.nanmax(one.values))
     if apart >= 100:

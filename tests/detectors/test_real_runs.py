@@ -174,3 +174,4 @@ def test_descent_on_a_quadratic_beyond_its_edge_diverges_until_it_overflows() ->
     assert divergence.start <= 10
     # each step multiplies the loss by 1.96: 4e-6 · 1.96^k overflows at k = 1,074
     assert (non_finite.start, non_finite.series[0]) == (1074, "train/loss")
+    assert all(math.isfinite(event.severity) for event in replay(rows))

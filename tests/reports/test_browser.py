@@ -57,7 +57,10 @@ def opened(browser: Any, files: dict[str, Path]) -> Iterator[Open]:
 
     def go(name: str, width: int = 1440, height: int = 1000, **options: Any) -> Any:
         context = browser.new_context(
-            offline=True, viewport={"width": width, "height": height}, **options
+            offline=True,
+            viewport={"width": width, "height": height},
+            reduced_motion="reduce",
+            **options,
         )
         contexts.append(context)
         page = context.new_page()
@@ -78,9 +81,11 @@ def opened(browser: Any, files: dict[str, Path]) -> Iterator[Open]:
 def through(page: Any) -> None:
     """Scroll so that every chart is drawn."""
     height = page.evaluate("document.documentElement.scrollHeight")
-    for y in range(0, height, 700):
+    for y in range(0, height, 1500):
         page.evaluate(f"window.scrollTo(0, {y})")
-        page.wait_for_timeout(30)
+        page.wait_for_timeout(20)
+    missing = "[...document.querySelectorAll('figure[data-chart]')].filter(f => f.chart.stale)"
+    assert page.evaluate(f"{missing}.length") == 0
 
 
 @pytest.mark.parametrize(
@@ -94,7 +99,7 @@ def test_draws_without_an_error(opened: Open, name: str) -> None:
     assert page.locator("[d*=NaN], [d*=Infinity], [x*=NaN], [cy*=NaN]").count() == 0
 
 
-@pytest.mark.parametrize("name", ["edge", "gap", "spike", "hostile"])
+@pytest.mark.parametrize("name", ["edge", "gap", "hostile"])
 def test_fits_a_phone(opened: Open, name: str) -> None:
     page = opened(name, 390, 844)
     through(page)
@@ -125,10 +130,10 @@ def test_drag_zooms_every_chart_and_escape_resets(opened: Open) -> None:
 def test_the_timeline_never_zooms_but_dims(opened: Open) -> None:
     page = opened("edge")
     page.locator(".jump").first.click()
-    page.wait_for_timeout(900)
+    page.wait_for_timeout(200)
     assert page.locator("#pill").is_visible()
     page.evaluate("window.scrollTo(0, 0)")
-    page.wait_for_timeout(900)
+    page.wait_for_timeout(200)
     assert page.locator("#figure-over-loss .dim").count() == 2
 
 
@@ -166,7 +171,7 @@ def test_an_event_leads_to_its_finding(opened: Open) -> None:
     assert "Go to the finding" in event.get_attribute("aria-label")
     event.focus()
     page.keyboard.press("Enter")
-    page.wait_for_timeout(900)
+    page.wait_for_timeout(200)
     assert page.locator("#finding-1").bounding_box()["y"] < 300
 
 

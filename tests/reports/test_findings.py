@@ -33,6 +33,15 @@ def test_edge(edge: Contents) -> None:
     assert "none of them harmful" in found.lead or "neither of them harmful" in found.lead
 
 
+def test_numbers_below_the_verdict(edge: Contents) -> None:
+    ratio = edge.estimates["stability/edge_ratio"]
+    stay = findings(edge).told[0].event
+    crossed = int(ratio.steps[(ratio.steps >= stay.start) & (ratio.values > 1)][0])
+    assert numbers(edge, findings(edge)) == (
+        f"Sharpness first passed 2/η = 5 at step {crossed:,}. The loss fell from 1.0 to 0.13."
+    )
+
+
 def test_jumps_at_the_edge_are_told_there(edge: Contents) -> None:
     spikes = [event for event in edge.events if event.kind == "loss_spike"]
     assert len(spikes) == 2
@@ -200,6 +209,14 @@ def test_nothing_and_undecided(tmp_path: Path, ratios: list[float], said: str) -
         for i, ratio in enumerate(ratios)
     ]
     assert said in verdict(read(made.write(tmp_path / "run", rows)))
+
+
+def test_seldom_sampled_curvature_is_told(tmp_path: Path) -> None:
+    rows = [(i, {"train/loss": 1.0 - i / 2000}) for i in range(1000)]
+    for i in (0, 1, 2, 5):
+        rows[i][1].update(made.sample("curvature/sharpness", 2.0))
+    c = read(made.write(tmp_path / "run", rows))
+    assert "sampled four times, for the last time at step 5" in numbers(c, findings(c))
 
 
 def test_verdicts_are_short(edge: Contents, tmp_path: Path) -> None:

@@ -19,7 +19,6 @@ from dyndiag.store import Run, Writer
 from tests.reports import made
 
 
-
 class Reader(HTMLParser):
     """Tags with their attributes, and the text of scripts and styles."""
 
@@ -162,6 +161,7 @@ def test_hostile_strings_are_data(tmp_path: Path) -> None:
     reader = Reader(html)
     assert len(reader.inside["script"]) == 2
     assert not [tag for tag, _ in reader.tags if tag == "img"]
+    assert not {"<", ">", "&"} & set(reader.inside["script"][0])
     assert "<script>alert" not in html
     assert "&lt;script&gt;alert(2)&lt;/script&gt;" in html
     assert f"gradients/norm/:{bad}" in reader.data()["series"]  # as it was, inside the JSON

@@ -76,6 +76,9 @@ def test_running_median_skips_nan_but_keeps_its_place() -> None:
 def test_gaps_of_a_regular_series() -> None:
     assert thinning.breaks(np.array([*range(50), 60, *range(61, 90)])) == [50]
     assert thinning.breaks(np.array([0, 3, 8, 13, 24, 29, 44, 47])) == []  # a schedule that varies
+    assert thinning.breaks(np.array([0, 1, 2, 3, 4, 299])) == [5]
+    dense_then_sparse = np.array([*range(100), *range(110, 200, 11)])
+    assert thinning.breaks(dense_then_sparse) == []
 
 
 def test_packed_values_come_back() -> None:

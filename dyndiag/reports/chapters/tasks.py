@@ -39,15 +39,23 @@ def _metrics(whole: Summary, found: list[TaskResult]) -> Metrics:
     deepest = max((r for r in found if math.isfinite(r.depth)), key=lambda r: r.depth, default=None)
     values = [
         (words.percent(whole.accuracy, 1), "ACC", "mean over all tasks at the end"),
-        (words.points(whole.forgetting, 1), "forgetting", "points, mean over earlier tasks"),
-        (words.percent(whole.lowest, 1), "min-ACC", "mean of the earlier tasks' lowest"),
-        (words.percent(whole.worst_case, 1), "WC-ACC", "worst case over all tasks"),
+        (_points(whole.forgetting), "forgetting", "points, mean over earlier tasks"),
+        (_percent(whole.lowest), "min-ACC", "mean of the earlier tasks' lowest"),
+        (_percent(whole.worst_case), "WC-ACC", "worst case over all tasks"),
     ]
     if deepest is not None:
         values.append(
             (words.points(deepest.depth, 1), "deepest dip", f"points, task {deepest.name}")
         )
     return Metrics(tuple(values))
+
+
+def _percent(share: float) -> str:
+    return words.percent(share, 1) if math.isfinite(share) else "–"
+
+
+def _points(difference: float) -> str:
+    return words.points(difference, 1) if math.isfinite(difference) else "–"
 
 
 def _table(c: Contents, found: list[TaskResult]) -> Table:

@@ -31,6 +31,7 @@ KINDS: Mapping[str, Callable[[Told, Contents], Finding]] = {
 }
 ORDER = ("act", "look", "know")
 MOST = 12  # findings told in full; the rest is a table
+LATER = 60  # steps by which a loss that left comes before one that is no number
 UNDECIDED = 0.5  # confidence below which an event is no finding
 
 
@@ -73,7 +74,8 @@ def folded(events: Sequence[Event], c: Contents) -> list[Told]:
 
     Jumps of the loss that came back, within a stay at the edge; those at a switch of tasks, within
     a stability gap; and the jumps with which a divergence begins. A divergence that is a loss
-    become NaN is told with the first non-finite value.
+    become NaN is told with the first non-finite value, or the other way round where the loss had
+    left long before. Probes that fail on non-finite values are told with these.
     """
     inside: dict[int, list[Event]] = {}
     for event in events:
@@ -115,9 +117,18 @@ def _host(event: Event, events: Sequence[Event], c: Contents) -> Event | None:
             event.kind == "divergence"
             and other_event.kind == "non_finite"
             and "non_finite_at" in event.details
-            and abs(event.start - start) <= 60
+            and event.start >= start - LATER
         ):
             return other_event
+        if (
+            event.kind == "non_finite"
+            and other_event.kind == "divergence"
+            and "non_finite_at" in other_event.details
+            and start + LATER < event.start <= end
+        ):
+            return other_event
+        if event.kind == "probe_failed" and other_event.kind == "non_finite" and within:
+            return _host(other_event, events, c) or other_event
     return None
 
 

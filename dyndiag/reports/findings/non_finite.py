@@ -91,6 +91,12 @@ def _name(series: str) -> str:
         "updates/ratio": "the update",
         "logits/max": "the largest logit",
         "logits/log_partition": "the log partition",
+        "curvature/sharpness": "the sharpness",
+        "curvature/preconditioned_sharpness": "the preconditioned sharpness",
+        "curvature/batch_sharpness": "the batch sharpness",
+        "curvature/trace": "the Hessian trace",
+        "predictions/entropy": "the predictions' entropy",
+        "predictions/loss": "the loss on the probe batch",
     }
     return known.get(series, safe(series))
 
@@ -147,5 +153,5 @@ def _numbers(c: Contents, event: Event) -> str:
     last = words.number(float(np.median(finite[-20:])))
     return (
         f"It stood at {last} in the last finite steps before. The loss is not finite at "
-        f"{words.percent(share)} of the steps."
+        f"{words.share_of(share)} of the steps."
     )

@@ -78,8 +78,8 @@ const DRAW = {
     const s = seriesOf(mark.series);
     if (mark.smooth) {
       const median = seriesOf(mark.smooth);
-      body.append(svgNode('path', { class: `line thin c-${mark.cls}`, d: linePath(chart, s, s.v) }),
-        svgNode('path', { class: `line c-${mark.cls}`, d: linePath(chart, median, median.v) }));
+      if (!mark.dash) body.append(svgNode('path', { class: `line thin c-${mark.cls}`, d: linePath(chart, s, s.v) }));
+      body.append(svgNode('path', { class: `line c-${mark.cls} ${mark.dash || ''}`, d: linePath(chart, median, median.v) }));
     } else body.append(svgNode('path', { class: `line c-${mark.cls} ${mark.dash || ''}`, d: linePath(chart, s, s.v) }));
     if (mark.dots && s.n < 200) {
       for (let i = 0; i < s.n; i++) if (Number.isFinite(s.v[i])) body.append(svgNode('circle', { class: `solid f-${mark.cls}`, cx: chart.X(s.at(i)), cy: chart.Y(s.v[i]), r: 1.8 }));

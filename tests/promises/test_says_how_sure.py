@@ -1,0 +1,121 @@
+"""Recorded sharpness against the dense float64 Hessian, along a run to the edge of stability."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import dyndiag
+
+STEPS = 600
+
+
+def squared_error(model: nn.Module, batch: Any) -> Tensor:
+    x, y = batch
+    return 0.5 * (model(x) - y).square().sum(dim=1).mean()
+
+
+def dense_hessian(model: nn.Module, batch: Any) -> Tensor:
+    """The exact Hessian in float64, row by row."""
+    model = copy.deepcopy(model).double()
+    parameters = list(model.parameters())
+    loss = squared_error(model, tuple(t.double() for t in batch))
+    gradient = torch.autograd.grad(loss, parameters, create_graph=True)
+    rows = []
+    for element in torch.cat([g.flatten() for g in gradient]):
+        row = torch.autograd.grad(element, parameters, retain_graph=True, allow_unused=True)
+        zeros = (
+            torch.zeros_like(p) if r is None else r for p, r in zip(parameters, row, strict=True)
+        )
+        rows.append(torch.cat([r.flatten() for r in zeros]))
+    return torch.stack(rows)
+
+
+def problem() -> tuple[nn.Module, Any]:
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 2))
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn(40, 4, generator=g)
+    return model, (x, torch.sin(3 * x[:, :2]))
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+def test_recorded_sharpness_is_the_exact_one(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dyndiag.probes.GRACE", 1e9)
+    model, batch = problem()
+    eta = 0.3 if kind == "sgd" else 3e-3
+    optimizer = (
+        torch.optim.SGD(model.parameters(), lr=eta)
+        if kind == "sgd"
+        else torch.optim.AdamW(model.parameters(), lr=eta, weight_decay=0.1)
+    )
+    exact: dict[int, tuple[float, float]] = {}
+    with dyndiag.Monitor(model, optimizer, squared_error, run=tmp_path / "run") as monitor:
+        for step in range(STEPS):
+            loss = squared_error(model, batch)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            monitor.step(loss=loss, batch=batch)
+            if step % 40 < 4:
+                hessian = dense_hessian(model, batch)
+                top = torch.linalg.eigvalsh(hessian)[-1].item()
+                exact[step] = (top, edge_ratio(hessian, optimizer, eta))
+    run = dyndiag.Run(tmp_path / "run")
+    sharpness, bound = run["curvature/sharpness"], run["curvature/sharpness.upper_bound"]
+    ratio = run["stability/edge_ratio"]
+    compared = [step for step in exact if step in sharpness.index]
+    assert len(compared) >= 15
+    assert (run["curvature/sharpness.converged"] == 1).all()
+    for step in compared:
+        top, chi = exact[step]
+        # Certified to 1 %: at most the exact value (but for float32), and the bound above it.
+        assert 0.99 * top <= sharpness[step] <= top * (1 + 1e-4), step
+        assert bound[step] >= top * (1 - 1e-4)
+        assert abs(sharpness[step] - top) <= run["curvature/sharpness.error"][step] + 1e-4 * top
+        assert ratio[step] == pytest.approx(chi, rel=1e-2)
+
+
+def edge_ratio(hessian: Tensor, optimizer: torch.optim.Optimizer, eta: float) -> float:
+    """χ from its definition, by a dense eigenproblem."""
+    parameters = optimizer.param_groups[0]["params"]
+    if isinstance(optimizer, torch.optim.SGD):
+        return eta / 2 * torch.linalg.eigvalsh(hessian)[-1].item()
+    scale = []
+    for p in parameters:
+        state = optimizer.state[p]
+        t = state["step"].item()
+        v = state["exp_avg_sq"].double().flatten()
+        scale.append((1 - 0.9**t) * ((v / (1 - 0.999**t)).sqrt() + 1e-8))
+    root = torch.cat(scale).rsqrt()
+    preconditioned = root[:, None] * hessian * root
+    top = torch.linalg.eigvalsh(preconditioned)[-1].item()
+    return (eta * (1 - 0.9) / (1 + 0.9) * top + eta * 0.1) / 2
+
+
+def test_the_run_to_the_edge_is_told_as_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dyndiag.probes.GRACE", 1e9)
+    model, batch = problem()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    with dyndiag.Monitor(model, optimizer, squared_error, run=tmp_path / "run") as monitor:
+        for _ in range(1500):
+            loss = squared_error(model, batch)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            monitor.step(loss=loss, batch=batch)
+    run = dyndiag.Run(tmp_path / "run")
+    kinds = [event.kind for event in run.event_list()]
+    assert kinds.count("edge_of_stability") == 1
+    (edge,) = (event for event in run.event_list() if event.kind == "edge_of_stability")
+    inside = run["stability/edge_ratio"].loc[edge.start + 100 :]
+    assert 0.85 < inside.median() < 1.2
