@@ -73,7 +73,7 @@ class Budget:
     they count against the share, which then first has to make up for them. So what probes have
     taken stays below the grace or their shares of training time, whichever is more, but for errors
     in foreseeing a sample's cost: that of the last one, and of the first `gradients` times the
-    mean step. A pause leads to no burst: at most four samples' worth is kept.
+    quickest step. A pause leads to no burst: at most four samples' worth is kept.
     """
 
     def __init__(
@@ -82,15 +82,15 @@ class Budget:
         self._share, self._grace, self._gradients = share, grace, gradients
         self._spaced = LogSpaced(per_e_fold)
         self._last: int | None = None
-        self._steps = 0
+        self._quickest = float("inf")
         self._cost = self._saved = self._seen = 0.0
 
     def due(self, step: int, training_seconds: float) -> bool:
-        self._steps += 1
-        self._saved += self._share * (training_seconds - self._seen)
-        self._seen = training_seconds
+        seconds, self._seen = training_seconds - self._seen, training_seconds
+        self._quickest = min(self._quickest, seconds)
+        self._saved += self._share * seconds
         if self._last is None:
-            self._cost = self._gradients * training_seconds / self._steps
+            self._cost = self._gradients * self._quickest
         else:
             self._saved = min(self._saved, 4 * self._cost)
             if (step - self._last) % 2 == 0:

@@ -615,7 +615,7 @@ def spectrum(c: Contents, id: str = "spectrum") -> Figure | None:
     """A half violin at each sample of the density."""
     if not c.densities:
         return None
-    grid, linear = density_grid(c.densities)
+    grid, linear = density_grid(c)
     marks = [Mark("violins")]
     data: list[Drawn] = []
     limit = c.get("stability/threshold")
@@ -642,20 +642,24 @@ def density(c: Contents, id: str = "density") -> Figure | None:
     )  # fmt: skip
 
 
-def density_grid(samples: Sequence[Density]) -> tuple[Floats, float]:
+def density_grid(c: Contents) -> tuple[Floats, float]:
     """One grid for all samples, even on the symmetric log axis, and that axis's linear part.
 
-    It ends where no sample has a mass of 1e-4 per decade left.
+    It ends where no sample has mass left, or at the largest threshold.
     """
-    reach = max(max(abs(float(s.grid[0])), abs(float(s.grid[-1]))) for s in samples)
+    samples = c.densities
+    reach = max(float(np.abs(s.nodes if len(s.nodes) else s.grid).max()) for s in samples)
     linear = 1e-3 * reach or 1.0
-    ends = []
+    ends: list[float] = []
     for s in samples:
-        inside = s.grid[s.mean * _per_decade(s.grid, linear) > 1e-4]
-        ends += [inside.min(), inside.max()] if len(inside) else []
+        inside = s.nodes if len(s.nodes) else s.grid[s.mean * _per_decade(s.grid, linear) > 1e-4]
+        ends += [float(inside.min()), float(inside.max())] if len(inside) else []
+    limit = None if _preconditioned(c) else c.get("stability/threshold")
+    if limit is not None and np.isfinite(limit.values).any():
+        ends.append(min(float(np.nanmax(limit.values)), 10 * reach))
     low, high = np.arcsinh(np.array([min(ends, default=-reach), max(ends, default=reach)]) / linear)
-    margin = 0.02 * (high - low) or 1.0
-    return linear * np.sinh(np.linspace(low - margin, high + margin, 180)), linear
+    margin = 0.05 * (high - low) or 1.0
+    return linear * np.sinh(np.linspace(low - margin, high + margin, 220)), linear
 
 
 def _per_decade(grid: Floats, linear: float) -> Floats:
@@ -663,28 +667,62 @@ def _per_decade(grid: Floats, linear: float) -> Floats:
     return np.asarray(math.log(10) * np.sqrt(grid**2 + linear**2))
 
 
+def _decades(values: Floats, linear: float) -> Floats:
+    return np.asarray(np.arcsinh(values / linear) / math.log(10))
+
+
+def probes_of(s: Density) -> list[tuple[Floats, Floats]]:
+    """The quadrature's nodes and weights, probe by probe, each with mass 1; empty if the order of
+    the nodes does not tell the probes apart. Within a probe nodes ascend."""
+    if not len(s.nodes):
+        return []
+    cuts = np.flatnonzero(np.diff(s.nodes) < 0) + 1
+    parts = list(zip(np.split(s.nodes, cuts), np.split(s.weights, cuts), strict=True))
+    masses = np.array([weights.sum() for _, weights in parts])
+    if masses.min() <= 0 or masses.max() > 1.001 * masses.min():
+        return []
+    return [(nodes, weights / weights.sum()) for nodes, weights in parts]
+
+
+def _curves(s: Density, grid: Floats, linear: float) -> tuple[Floats, Floats, Floats]:
+    """Mean, smallest and largest density over the probes, per decade of the symmetric log axis.
+
+    From the nodes, smoothed on this axis: a kernel of one width in eigenvalues would draw humps
+    around zero that are not there. From the kept density where there are no nodes.
+    """
+    parts = probes_of(s)
+    if not parts:
+        mean = np.interp(grid, s.grid, s.mean, left=0, right=0) * _per_decade(grid, linear)
+        half = np.interp(grid, s.grid, s.half, left=0, right=0) * _per_decade(grid, linear)
+        return mean, np.maximum(0, mean - half), mean + half
+    at = _decades(grid, linear)
+    width = 0.008 * (at[-1] - at[0])
+    curves = np.stack(
+        [
+            np.exp(-0.5 * ((at[:, None] - _decades(nodes, linear)) / width) ** 2) @ weights
+            for nodes, weights in parts
+        ]
+    ) / (width * math.sqrt(2 * math.pi))
+    return curves.mean(axis=0), curves.min(axis=0), curves.max(axis=0)
+
+
 def density_data(c: Contents) -> dict[str, Any] | None:
-    """The samples on one grid, as mass per decade of the symmetric log axis."""
+    """The samples on one grid, as mass per decade of the symmetric log axis; at most 120."""
     if not c.densities:
         return None
-    samples = c.densities
-    if len(samples) > 120:
-        keep = np.unique(np.linspace(0, len(samples) - 1, 120).astype(int))
-        samples = tuple(samples[i] for i in keep)
-    grid, linear = density_grid(samples)
-    per_decade = _per_decade(grid, linear)
+    chosen = np.unique(np.linspace(0, len(c.densities) - 1, 120).astype(int))
+    grid, linear = density_grid(c)
     limit = None if _preconditioned(c) else c.get("stability/threshold")
     top = c.get("curvature/sharpness")
     out = []
-    for s in samples:
-        mean = np.interp(grid, s.grid, s.mean, left=0, right=0) * per_decade
-        half = np.interp(grid, s.grid, s.half, left=0, right=0) * per_decade
+    for s in (c.densities[i] for i in chosen):
+        mean, low, high = _curves(s, grid, linear)
         out.append(
             {
                 "step": s.step,
                 "mean": _short(mean),
-                "lo": _short(np.maximum(0, mean - half)),
-                "hi": _short(mean + half),
+                "lo": _short(low),
+                "hi": _short(high),
                 "limit": _or_none(limit.at(s.step) if limit is not None else math.nan),
                 "top": _or_none(top.at(s.step) if top is not None else math.nan),
                 "says": _masses(s),

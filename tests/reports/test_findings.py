@@ -78,6 +78,15 @@ def test_sharpening_without_a_threshold(tmp_path: Path) -> None:
     assert "for this optimizer no threshold is known" in said
 
 
+def test_a_ratio_below_one_has_not_reached_the_edge(edge: Contents) -> None:
+    ratio = edge.estimates["stability/edge_ratio"]
+    lower = replace(ratio, values=0.85 * ratio.values)
+    stays = tuple(event for event in edge.events if event.kind == "edge_of_stability")
+    c = replace(edge, events=stays, estimates={**edge.estimates, ratio.name: lower})
+    assert findings(c).told[0].title == "Sharpness came within 12 % of 2/η = 5 and stayed there"
+    assert "near the edge of stability; the edge ratio came up to 0.88" in verdict(c)
+
+
 def test_clipping_takes_the_edge_its_meaning(edge: Contents) -> None:
     stay = next(event for event in edge.events if event.kind == "edge_of_stability")
     norm = edge.series["gradients/norm"]

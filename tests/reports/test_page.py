@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from dyndiag.errors import DyndiagError
-from dyndiag.reports import contents, page, report
+from dyndiag.reports import contents, figures, page, report
+from dyndiag.reports.contents import Density
 from dyndiag.store import Run, Writer
 from tests.reports import made
 
@@ -129,10 +130,36 @@ def test_each_figure_has_its_chart(html: str) -> None:
 def test_density_is_mass(html: str) -> None:
     density = Reader(html).data()["density"]
     axis = np.arcsinh(np.array(density["grid"]) / density["c"]) / np.log(10)
-    mass = np.trapezoid(np.array(density["samples"][0]["mean"]), axis)
-    grid = np.linspace(-1.0, 6.0, 71)
-    whole = np.exp(-0.5 * ((grid - 0.2) / 0.1) ** 2) + 0.01 * np.exp(-((grid - 5) ** 2))
-    assert mass == pytest.approx(np.trapezoid(whole, grid), rel=0.03)
+    sample = density["samples"][0]
+    assert np.trapezoid(sample["mean"], axis) == pytest.approx(1, rel=0.01)
+    high = np.array(density["grid"]) > 2
+    assert np.trapezoid(np.where(high, sample["mean"], 0), axis) == pytest.approx(0.05, rel=0.02)
+    assert "10.0 % of the mass below zero" in sample["says"]
+
+
+def test_density_without_nodes_is_the_kept_one(tmp_path: Path) -> None:
+    grid = np.linspace(-1.0, 6.0, 701)
+    mean = np.exp(-0.5 * ((grid - 0.2) / 0.1) ** 2) + 0.01 * np.exp(-((grid - 5) ** 2))
+    rows = [(0, {"train/loss": 1.0, "curvature/density": np.stack([grid, mean, 0.2 * mean])})]
+    c = contents(Run(made.write(tmp_path / "run", rows)))
+    density = figures.density_data(c)
+    assert density is not None
+    axis = np.arcsinh(np.array(density["grid"]) / density["c"]) / np.log(10)
+    mass = np.trapezoid(density["samples"][0]["mean"], axis)
+    assert mass == pytest.approx(np.trapezoid(mean, grid), rel=0.02)
+
+
+def test_probes_are_told_apart_by_the_order_of_their_nodes() -> None:
+    empty = np.empty(0)
+    nodes = np.array([-1.0, 0.0, 2.0, -0.5, 0.1, 3.0])
+    weights = np.array([0.1, 0.3, 0.1, 0.2, 0.2, 0.1])
+    two = Density(0, empty, empty, empty, nodes, weights)
+    assert [part.tolist() for part, _ in figures.probes_of(two)] == [
+        [-1.0, 0.0, 2.0],
+        [-0.5, 0.1, 3.0],
+    ]
+    uneven = Density(0, empty, empty, empty, nodes, weights * np.array([2, 2, 2, 1, 1, 1]))
+    assert figures.probes_of(uneven) == []
 
 
 def test_hostile_strings_are_data(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from dyndiag.reports.findings.finding import (
 )
 from dyndiag.values import Event
 
+REACHED = 0.97  # a largest edge ratio from which on one may say that the edge was reached
 CLIPPED = 0.5  # from this share of clipped steps on, the edge is no evidence of anything
 BATCH = "curvature/batch_sharpness"
 
@@ -60,8 +61,8 @@ def edge_of_stability(told: Told, c: Contents) -> Finding:
         chapter="stability",
         sentence=sentence(c, [told]),
         numbers=course(c, [told]),
-        label=f"Edge of stability{f', {name}' if name != 'its threshold' else ''}",
-        short=f"Edge{f', {name}' if name != 'its threshold' else ''}",
+        label=_label(c, event, "Edge of stability", "Near the edge", name),
+        short=_label(c, event, "Edge", "Near edge", name),
         notches=tuple(spike.peak for spike in told.inside),
     )
 
@@ -118,6 +119,25 @@ def _all_certified(c: Contents, series: str, event: Event) -> bool:
     return good > 0 and provisional == 0
 
 
+def _label(c: Contents, event: Event, reached: str, near: str, name: str) -> str:
+    what = near if below(c, event) else reached
+    return what if name == "its threshold" else f"{what}, {name}"
+
+
+def closest(c: Contents, event: Event) -> float:
+    """The largest judged ratio of the event to its threshold; NaN if there is none."""
+    values = judged(c, deciding(event), event.start, end_of(c, event))
+    if not len(values):
+        return math.nan
+    over = limit(c, event) if deciding(event) == BATCH else 1.0
+    return float(values.max()) / over if over else math.nan
+
+
+def below(c: Contents, event: Event) -> bool:
+    """Whether the event never got to the edge itself, only into the band around it."""
+    return closest(c, event) < REACHED
+
+
 def _title(c: Contents, event: Event, name: str, cut: tuple[int, float] | None) -> str:
     subject = "Batch sharpness" if deciding(event) == BATCH else "Sharpness"
     change = rate_change(c, event)
@@ -129,6 +149,9 @@ def _title(c: Contents, event: Event, name: str, cut: tuple[int, float] | None) 
         start = f"After the rate was {change[1]}, {subject.lower()} climbed to {new}"
     else:
         start = f"{subject} reached {name}"
+        if below(c, event):
+            near = words.percent(1 - closest(c, event))
+            start = f"{subject} came within {near} of {name}"
     if cut is not None:
         return (
             f"{start}{' and' if ' and' not in start else ','} stayed there until the rate was cut"
@@ -205,7 +228,8 @@ def _what(c: Contents, told: Told, clipped: float | None) -> str:
             f"Clipping cut {words.percent(clipped)} of these steps. Clipped descent settles into a "
             "cycle at any ratio above 1, so the ratio says nothing about instability here."
         )
-    parts = ["The step is as long as the sharpest direction allows."]
+    nearly = "nearly " if below(c, event) else ""
+    parts = [f"The step is {nearly}as long as the sharpest direction allows."]
     if told.inside:
         parts.append(_jumps(told))
     if c.loss is not None:
@@ -331,6 +355,10 @@ def sentence(c: Contents, stays: list[Told]) -> str:
     steps = sum(end_of(c, e) - e.start for e in events)
     share = words.share_of(steps / max(1, c.last - c.first))
     said = f"Training spent {share} of its steps at the edge of stability"
+    if all(below(c, e) for e in events):
+        most = words.number(max(closest(c, e) for e in events), 2)
+        said = said.replace(" at the edge", " near the edge")
+        return f"{said}; the edge ratio came up to {most}."
     if full_batch(c) is False:
         return f"{said}; with minibatches that is only a hint."
     inside = [spike for told in stays for spike in told.inside]

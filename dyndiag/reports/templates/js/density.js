@@ -38,7 +38,7 @@ class DensityChart extends Chart {
       up += move(i, x, Y(s.hi[i])); down = move(true, x, Y(s.lo[i])) + down; middle += move(i, x, Y(s.mean[i]));
     });
     svg.append(svgNode('path', { class: 'band f-s1', d: up + down + 'Z' }), svgNode('path', { class: 'line c-s1', d: middle }));
-    if (s.limit !== null) {
+    if (s.limit !== null && s.limit <= D.grid[D.grid.length - 1]) {
       const x = Math.round(X(s.limit)) + .5;
       svg.append(svgNode('line', { class: 'line c-limit dash', x1: x, x2: x, y1: g.t, y2: base }),
         svgNode('text', { class: 'note-text', x: x - 6, y: g.t + 10, 'text-anchor': 'end' }, 'threshold ' + number(s.limit)));
