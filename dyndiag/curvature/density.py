@@ -45,8 +45,8 @@ def spectral_density(
     products, rounding = 0, 0.0
     outcome = Outcome.CONVERGED
     for _ in range(probes):
-        run = Lanczos(operator, gaussian(operator, generator), min(steps, operator.size))
-        for _ in range(min(steps, operator.size)):
+        run = Lanczos(operator, gaussian(operator, generator))
+        for _ in range(steps):
             run.extend()
             if not run.finite or run.exhausted:
                 break

@@ -52,7 +52,7 @@ def eigenpairs(
     what it has no part of can be found, and the certificate counts it. Without a `generator`, the
     same answer at every call; with a CPU one, the same on every device.
 
-    Cost: products, and max_products · size numbers of memory.
+    Cost: products, and products · size numbers of memory.
     """
     _check(operator, k, which, relative_tolerance, certificate_width, risk, max_products)
     generator = generator or fixed_generator()
@@ -61,7 +61,7 @@ def eigenpairs(
     size = effective_size(operator.size, 0.0 if start is None else 1.0)
     rules = _Rules(k, which, relative_tolerance, certificate_width, needed(size, risk / pairs))
 
-    run = Lanczos(operator, _first_vector(operator, start, generator), budget)
+    run = Lanczos(operator, _first_vector(operator, start, generator))
     while True:
         run.extend()
         if not run.finite:
@@ -176,7 +176,9 @@ def _result(
     """The reading of the run as it stands; NaN within ±inf where it is too short for k pairs."""
     count = 2 * rules.k if rules.which == "both" else rules.k
     values, bounds = np.full(count, np.nan), np.full(count, np.inf)
-    vectors = run.basis.new_full((count, operator.size), math.nan)
+    vectors = torch.full(
+        (count, operator.size), math.nan, dtype=operator.dtype, device=operator.device
+    )
     upper = None if rules.which == "smallest" else math.inf
     lower = None if rules.which == "largest" else -math.inf
     if len(run.diagonal) >= rules.k:
@@ -184,7 +186,7 @@ def _result(
         chosen, rounding = rules.chosen(ritz), run.rounding(ritz)
         values = ritz[chosen]
         bounds = run.couplings[-1] * np.abs(mixing[-1, chosen]) + rounding
-        vectors = torch.from_numpy(mixing[:, chosen].T).to(run.basis) @ run.basis
+        vectors = run.combine(torch.from_numpy(mixing[:, chosen].T))
         vectors = vectors / norms(vectors)[:, None].to(vectors.dtype)
         if upper is not None:
             upper = reach(run.diagonal, run.couplings, ritz[-1], rules.need, 1) + rounding

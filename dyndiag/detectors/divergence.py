@@ -25,7 +25,8 @@ class Divergence:
     first plateau, which is within `plateau` of that fall below the first loss: a network that has
     collapsed sits at chance, a little below where it started. A non-finite loss counts as
     infinitely high, and a median that is not finite opens the event at once. It closes where the
-    median is clearly below again (twice the margin).
+    median is clearly below again (twice the margin), and where a new task begins, whose own first
+    losses are then what counts.
 
     Start: where the median first was high. Severity: highest finite median over the first loss
     (their difference where that is not positive).
@@ -40,6 +41,10 @@ class Divergence:
     plateau: float = 0.1
 
     def __post_init__(self) -> None:
+        self._task = math.nan
+        self._begin()
+
+    def _begin(self) -> None:
         self._smooth = RunningMedian(_SMOOTH)
         self._begun: list[tuple[int, float, float]] = []
         self._first = math.inf
@@ -52,9 +57,21 @@ class Divergence:
         return asdict(self)
 
     def update(self, step: int, values: Mapping[str, float]) -> list[Event]:
+        task = values.get("continual/task", self._task)
+        ended = self._switch(step) if task > self._task else []
+        self._task = task
         loss = values.get("train/loss")
-        if loss is None:
+        return ended if loss is None else [*ended, *self._take(step, loss)]
+
+    def _switch(self, step: int) -> list[Event]:
+        high = self._high
+        self._begin()
+        if high is None or not high.reported:
             return []
+        high.end = step
+        return [high.event()]
+
+    def _take(self, step: int, loss: float) -> list[Event]:
         self._smooth.push(loss if math.isfinite(loss) else math.inf)
         if len(self._begun) == _FIRST:
             return self._judge(step, self._smooth.value)

@@ -22,7 +22,7 @@ def read(
     step = int(state["step"])
     longest = 2 / (1 - beta2) - 1
     length = longest - 2 * step * beta2**step / (1 - beta2**step)
-    adaptive = torch.ones(())
+    adaptive = torch.ones((), dtype=torch.float64)
     if length > 5:
         rectified = (length - 4) * (length - 2) * longest
         rectified /= (longest - 4) * (longest - 2) * length

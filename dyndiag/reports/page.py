@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from importlib import resources
 from typing import Any
@@ -90,7 +90,12 @@ def _about(c: Contents) -> list[str]:
     many = c.last - c.first + 1
     steps = f"{words.steps(many)} step{'' if many == 1 else 's'}"
     if c.ended:
-        return [*parts, steps, f"finished {when(c.ended)}"]
+        errors = [
+            str(notice.get("text"))[:100]
+            for notice in c.metadata.get("notices") or ()
+            if isinstance(notice, Mapping) and notice.get("source") == "training"
+        ]
+        return [*parts, steps, f"finished {when(c.ended)}", *errors[-1:]]
     if c.alive:
         return [*parts, f"still running, step {words.steps(c.last)}"]
     if "dyndiag" not in c.metadata:

@@ -17,7 +17,7 @@ SPECTRUM = np.r_[np.linspace(-1, 1, 28), 1.6, 2.0]
 
 
 def run_of(spectrum: np.ndarray, start: torch.Tensor, steps: int) -> Lanczos:
-    run = Lanczos(of_diagonal(spectrum), start, steps)
+    run = Lanczos(of_diagonal(spectrum), start)
     for _ in range(steps):
         run.extend()
     return run

@@ -8,8 +8,9 @@ import random
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from scipy.stats import binom
 from torch import Tensor
 
 from dyndiag.curvature import Eigenpairs, Operator, Outcome, eigenpairs
@@ -85,13 +86,21 @@ class TestTruth:
         assert found.values[0] == pytest.approx(-30.0)
 
     def test_by_magnitude_both_ends_are_certified(self):
-        """−1.05 hides behind 1 in a residual; the bound on the left must exclude it."""
-        spectrum = np.r_[-1.05, np.linspace(-0.3, 0.3, 200), 1.0]
-        operator = of_diagonal(spectrum)
-        for seed in range(100):
-            pairs = eigenpairs(operator, which="magnitude", generator=seeded(seed))
+        """By the certificate alone: what hides on the far side is missed at the stated risk."""
+        operator = of_diagonal(np.r_[-1.3, np.linspace(-1, 1, 300)])
+        generator, missed = seeded(0), 0
+        for _ in range(300):
+            pairs = eigenpairs(
+                operator,
+                which="magnitude",
+                relative_tolerance=10.0,
+                certificate_width=0.05,
+                risk=0.1,
+                generator=generator,
+            )
             assert pairs.converged
-            assert pairs.values[0] == pytest.approx(-1.05, rel=1e-3)
+            missed += bool(1.05 * pairs.values[0].abs() < 1.3)
+        assert missed <= binom.ppf(1 - 1e-5, 300, 0.1)
 
     def test_ten_close_outliers(self):
         spectrum = np.r_[np.linspace(0, 1, 1990), np.linspace(4.1, 5, 10)]
@@ -112,6 +121,12 @@ class TestBounds:
         spectrum = torch.linalg.eigvalsh(dense(operator).double())
         nearest = (pairs.values[:, None] - spectrum).abs().min(dim=1).values
         assert (nearest <= pairs.error_bounds).all()
+
+    def test_long_float32_vectors_are_unit_vectors(self):
+        """A float32 sum of 500,000 squares is off by 1e-5, a hundred times eps."""
+        operator = of_diagonal(torch.linspace(1, 2, 500_000).numpy(), torch.float32)
+        pairs = eigenpairs(operator, max_products=3)
+        assert float(pairs.vectors[0].double().norm()) == pytest.approx(1, abs=3e-7)
 
     @DTYPES
     def test_bounds_never_claim_more_than_the_arithmetic_can_know(self, dtype):
@@ -139,13 +154,12 @@ class TestBounds:
         assert wrong[math.inf] > 15
 
     def test_nothing_hides_between_the_values(self):
-        """Of 4, 3, 2, 1 above a bulk, a start almost without the 3 must not return 4, 2, 1."""
-        spectrum = np.r_[np.linspace(-0.5, 0.5, 96), 1.0, 2.0, 3.0, 4.0]
-        operator = of_diagonal(spectrum)
+        """Of 4, 3, 2, 1 above a bulk, a loose residual alone would often let 4, 2.6, 1.3 pass."""
+        operator = of_diagonal(np.r_[np.linspace(-0.5, 0.5, 96), 1.0, 2.0, 3.0, 4.0])
         for seed in range(100):
-            pairs = eigenpairs(operator, 3, relative_tolerance=0.05, generator=seeded(seed))
+            pairs = eigenpairs(operator, 3, relative_tolerance=0.3, generator=seeded(seed))
             assert pairs.converged
-            np.testing.assert_allclose(pairs.values, [4, 3, 2], rtol=0.05)
+            np.testing.assert_allclose(pairs.values[:2], [4, 3], rtol=0.0101)
 
     def test_out_of_products_it_says_so_and_by_how_much(self):
         operator = of_diagonal(SPECTRA["pair 4.9/5.0 over a bulk"])
@@ -346,7 +360,21 @@ def matrices(draw) -> Tensor:
     return root + root.T
 
 
+# Its first Ritz value is 0.007 by chance, and no measure of the matrix's size.
+UNLUCKY = torch.tensor(
+    [
+        [0.0, 2.0, 0.0, 2.0, 2.0, -3.0],
+        [2.0, 0.0, 0.0, 0.0, 0.0, 0.0],
+        [0.0, 0.0, 0.0, 2.0, 0.0, 1.0],
+        [2.0, 0.0, 2.0, 0.0, 0.0, -3.0],
+        [2.0, 0.0, 0.0, 0.0, 2.0, -2.0],
+        [-3.0, 0.0, 1.0, -3.0, -2.0, 2.0],
+    ]
+).double()
+
+
 @settings(max_examples=150, deadline=None)
+@example(UNLUCKY, "largest", 1, 1)
 @given(matrices(), st.sampled_from(ENDS), st.integers(1, 7), st.integers(1, 7))
 def test_on_any_small_matrix_the_claims_hold(matrix, which, k, budget):
     n = len(matrix)

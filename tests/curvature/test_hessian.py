@@ -300,6 +300,8 @@ class TestSurroundings:
         batch = self.batch()
         with surroundings:
             image = hessian(model, cross_entropy, batch).product(v)
+            bare = loss_hessian(lambda: cross_entropy(model, batch), list(model.parameters()))
+            assert torch.equal(bare.product(v), expected)
         assert torch.equal(image, expected)
 
     def test_the_users_gradient_hooks_stay_silent(self):

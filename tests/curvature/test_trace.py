@@ -24,6 +24,16 @@ def test_two_by_two():
     assert found.standard_error == pytest.approx(2 / math.sqrt(2000), rel=0.02)
 
 
+def test_two_probes():
+    """Samples 5 ± 2: equal, or 4 apart, which is a standard error of 4/√2/√2."""
+    operator = of_matrix(torch.tensor([[2.0, 1.0], [1.0, 3.0]]))
+    errors = {
+        round(trace(operator, max_products=2, generator=seeded(s)).standard_error, 12)
+        for s in range(20)
+    }
+    assert errors == {0.0, 2.0}
+
+
 def test_a_diagonal_is_exact_from_the_first_look():
     found = trace(of_diagonal(OUTLIERS), relative_error=1e-12)
     assert found.converged

@@ -97,3 +97,25 @@ def test_negative_losses_are_measured_by_what_was_gained() -> None:
     (event,) = divergences(shifted)
     assert event.start == pytest.approx(1000, abs=2)
     assert event.severity == pytest.approx(3.0 - shifted[0])
+
+
+def test_a_new_task_is_judged_by_its_own_first_losses() -> None:
+    one = [2.0 * 0.95**k + 0.01 * (-1) ** k for k in range(100)]
+    harder = [3.0 - 0.01 * k + 0.01 * (-1) ** k for k in range(100)]
+    rows = [
+        (step, {"train/loss": loss, "continual/task": float(step >= 100)})
+        for step, loss in enumerate([*one, *harder])
+    ]
+    assert replay(rows, [Divergence()]) == []
+    undeclared = [(step, {"train/loss": values["train/loss"]}) for step, values in rows]
+    assert [event.start for event in replay(undeclared, [Divergence()])] == [102]
+
+
+def test_a_new_task_ends_an_open_divergence() -> None:
+    losses_of = [1.0 - 0.005 * k for k in range(60)] + [5.0] * 100 + [0.5] * 40
+    rows = [
+        (step, {"train/loss": loss, "continual/task": float(step >= 160)})
+        for step, loss in enumerate(losses_of)
+    ]
+    (event,) = replay(rows, [Divergence()])
+    assert event.end == 160

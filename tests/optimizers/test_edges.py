@@ -116,6 +116,18 @@ CASES: dict[str, tuple[Make, Freeze | None]] = {
         lambda p: NAdam(p, lr=RATE, betas=(BETA, KEEP), eps=0.0),
         frozen(exp_avg_sq=1000 * 2**-53, step=999.0, mu_product=0.0),
     ),
+    "nadam, a steep schedule": (  # μ₃ = .77, μ₄ = .81
+        lambda p: NAdam(p, lr=RATE, betas=(BETA, KEEP), eps=0.0, momentum_decay=10.0),
+        frozen(exp_avg_sq=3 * 2**-53, step=2.0, mu_product=0.5),
+    ),
+    "radam, step 3, not adaptive yet": (
+        lambda p: RAdam(p, lr=RATE, betas=(BETA, 0.999), eps=0.0),
+        frozen(exp_avg_sq=torch.tensor([1.0, 4.0, 0.25]), step=2.0),
+    ),
+    "radam, step 8": (
+        lambda p: RAdam(p, lr=RATE, betas=(BETA, 0.999), eps=0.0),
+        frozen(exp_avg_sq=torch.tensor([1.0, 4.0, 0.25]), step=7.0),
+    ),
     "radam, step 500": (
         lambda p: RAdam(p, lr=RATE, betas=(BETA, 0.999), eps=0.0),
         frozen(exp_avg_sq=torch.tensor([1.0, 4.0, 0.25]), step=499.0),

@@ -200,6 +200,13 @@ def test_long_texts_are_cut(tmp_path: Path) -> None:
     assert "x" * 2000 + "… (5,000 characters)" in html and "x" * 2001 not in html
 
 
+def test_a_training_that_broke_off_says_so(tmp_path: Path) -> None:
+    notices = [{"step": 49, "source": "training", "text": "it ended with ValueError: <oops>"}]
+    folder = made.write(tmp_path / "run", made.spiked(50), {"notices": notices})
+    html = report(folder).read_text("utf-8")
+    assert "09:42 UTC · it ended with ValueError: &lt;oops&gt;</p>" in html
+
+
 def test_disagreement_is_on_the_page(tmp_path: Path) -> None:
     html = report(made.write(tmp_path / "run", made.spiked(), events=[])).read_text("utf-8")
     assert "gives other events than the run stored" in html

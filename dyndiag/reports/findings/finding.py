@@ -44,6 +44,12 @@ WORTSMAN_PROXIES = Source(
     2023,
     "https://arxiv.org/abs/2309.14322",
 )
+BAI = Source(
+    "Bai et al.",
+    "Adaptive preconditioners trigger loss spikes in Adam",
+    2025,
+    "https://arxiv.org/abs/2506.04805",
+)
 WORTSMAN_LOW = Source(
     "Wortsman et al.",
     "Stable and low-precision training for large-scale vision-language models",

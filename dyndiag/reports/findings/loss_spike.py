@@ -7,9 +7,10 @@ import math
 import numpy as np
 
 from dyndiag.reports import figures, words
-from dyndiag.reports.contents import Contents, Series
+from dyndiag.reports.contents import Contents
 from dyndiag.reports.figures import Figure, Note
 from dyndiag.reports.findings.finding import (
+    BAI,
     WORTSMAN_LOW,
     WORTSMAN_PROXIES,
     Finding,
@@ -25,9 +26,14 @@ from dyndiag.reports.findings.finding import (
     text,
     value,
 )
+from dyndiag.reports.findings.precursor import (
+    BEFORE,
+    edge_passed,
+    precursor,
+    same_batch,
+    worst_block,
+)
 from dyndiag.values import Event
-
-BEFORE = 50  # steps in which a precursor is looked for
 
 
 def made_up(c: Contents, event: Event) -> bool:
@@ -79,13 +85,19 @@ def loss_spike(told: Told, c: Contents) -> Finding:
         sources=(_source(cause),),
         figures=_figures(c, event, window),
         window=window,
-        chapter="logits" if cause.startswith("attention") else "gradients",
+        chapter=_chapter(cause),
         sentence=_sentence(c, event, jumped, after, cause),
         numbers=_numbers(c, event, stayed),
         label=f"Loss spike {words.times(value(event, 'factor', event.severity))}"
         + (f", back at {words.steps(end)}" if not stayed else ", progress lost"),
         short=f"Spike {words.times(value(event, 'factor', event.severity))}",
     )
+
+
+def _chapter(cause: str) -> str:
+    if cause.startswith("the edge ratio"):
+        return "stability"
+    return "logits" if cause.startswith("attention") else "gradients"
 
 
 def _after(steps: int) -> str:
@@ -108,12 +120,13 @@ def _sentence(c: Contents, event: Event, jumped: str, after: str, cause: str) ->
         if after.startswith("was back"):  # a verdict has 25 words
             said = f"{jumped} and came back"
         return f"{said}; {_peaked(c, event)} just before."
-    if cause.startswith("the gradient"):
+    if cause.startswith(("the gradient", "the edge ratio")):
         return f"{said}; {cause}."
     if cause == "task switch":
         return f"{said}; a new task had just begun."
     if not cause and _watched(c):
-        return f"{said}; nothing measured had moved before, which points to the data."
+        points = "" if same_batch(c) else ", which points to the data"
+        return f"{said}; nothing measured had moved before{points}."
     return f"{said}."
 
 
@@ -149,62 +162,8 @@ def _reason(c: Contents, event: Event) -> str:
     return reason
 
 
-def _logits(c: Contents) -> tuple[str, Series] | None:
-    """Name and largest values of the block whose attention logits are largest of all."""
-    prefix, modules = figures.attention_names(c)
-    peaks = {
-        m: float(np.nanmax(c.series[prefix + m].values))
-        for m in modules
-        if np.isfinite(c.series[prefix + m].values).any()
-    }
-    if not peaks:
-        return None
-    worst = max(peaks, key=lambda m: peaks[m])
-    return worst, c.series[prefix + worst]
-
-
-def precursor(c: Contents, event: Event) -> str:
-    """What had moved in the 50 steps before, as words; empty if nothing measured had.
-
-    Attention logits above 1,000 that had grown threefold since the run's first tenth; a gradient
-    norm that in the steps before (not the spike's own) stood four times above its median of 200.
-    """
-    if text(event, "in_doubt") == "task switch":
-        return "task switch"
-    first = event.start - BEFORE
-    found = _worst_before(c, event)
-    if found is not None:
-        name, _, series = found
-        early = series.within(c.first, c.first + max(20, (event.start - c.first) // 10))
-        top = np.nanmax(series.within(first, event.start - 1))
-        if top >= figures.LOGITS and (not len(early) or top >= 3 * np.nanmedian(early)):
-            return f"attention logits in {name}"
-    norm = c.series.get("gradients/norm")
-    if norm is not None:
-        usual = norm.within(first - 200, first - 1)
-        recent = norm.within(event.start - 10, event.start - 1)
-        usual, recent = usual[np.isfinite(usual)], recent[np.isfinite(recent)]
-        if len(usual) >= 20 and len(recent) and recent.max() > 4 * np.median(usual):
-            ratio = recent.max() / np.median(usual)
-            return f"the gradient norm had stood {words.number(ratio, 2)} times above its median"
-    return ""
-
-
-def _worst_before(c: Contents, event: Event) -> tuple[str, float, Series] | None:
-    """The block with the largest attention logit in the 50 steps before: name, value, series."""
-    prefix, modules = figures.attention_names(c)
-    best: tuple[str, float, Series] | None = None
-    for module in modules:
-        series = c.series[prefix + module]
-        values = series.within(event.start - BEFORE, event.start - 1)
-        values = values[np.isfinite(values)]
-        if len(values) and (best is None or values.max() > best[1]):
-            best = (module, float(values.max()), series)
-    return best
-
-
 def _peaked(c: Contents, event: Event) -> str:
-    found = _worst_before(c, event)
+    found = worst_block(c, event)
     assert found is not None  # a precursor was found in it
     name, top, _ = found
     near = words.number(round(top, 1 - len(str(int(top)))) if top >= 1000 else top, 2)
@@ -218,7 +177,7 @@ def _watched(c: Contents) -> bool:
 
 def _what(c: Contents, event: Event, cause: str) -> str:
     if cause.startswith("attention"):
-        found = _worst_before(c, event)
+        found = worst_block(c, event)
         assert found is not None
         name, top, series = found
         early = series.within(c.first, c.first + max(20, (event.start - c.first) // 10))
@@ -235,6 +194,20 @@ def _what(c: Contents, event: Event, cause: str) -> str:
         )
     if cause == "task switch":
         return "The data changed with the task; a higher loss on new data is what one expects."
+    edge = edge_passed(c, event)
+    if cause.startswith("the edge ratio"):
+        adaptive = "curvature/preconditioned_sharpness" in c.series
+        return (
+            f"In the {BEFORE} steps before, the edge ratio had risen to {words.number(edge, 2)}: a "
+            "step was longer than the sharpest direction allows, and what lay along it grew from "
+            "step to step until the loss showed it."
+            + (
+                " With Adam that happens in long calm: gradients shrink, the second moment follows "
+                "them, and the effective step grows."
+                if adaptive
+                else ""
+            )
+        )
     parts = []
     if cause:
         parts.append(f"In the ten steps before, {cause} of the 200 steps before that.")
@@ -244,7 +217,7 @@ def _what(c: Contents, event: Event, cause: str) -> str:
             seen.append("attention logits")
         named = words.capital(words.listing([f"the {seen[0]}", *seen[1:]]))
         parts.append(f"{named} had not moved in the steps before.")
-        if event.peak - event.start <= 1:
+        if event.peak - event.start <= 1 and not same_batch(c):
             parts.append("A jump at full height within a step or two points to the data.")
     else:
         parts.append("Only the loss was measured, so the report cannot say what moved first.")
@@ -267,6 +240,12 @@ def _people(event: Event, stayed: bool, cause: str) -> tuple[str, ...]:
         )
     if cause == "task switch":
         return ("Nothing to do, unless earlier tasks suffer: see the accuracies.",)
+    if cause.startswith("the edge ratio"):
+        return (
+            "Nothing, if it stays alone and the loss came back.",
+            "Lower the rate late in training, or let it decay.",
+            "With Adam, raise ε, or lower β₂ so that the second moment rises faster in a jump.",
+        )
     last = max(event.start, event.peak)
     steps = (
         f"steps {words.steps(event.start)} to {words.steps(last)}"
@@ -286,6 +265,8 @@ def _people(event: Event, stayed: bool, cause: str) -> tuple[str, ...]:
 
 
 def _source(cause: str) -> Source:
+    if cause.startswith("the edge ratio"):
+        return BAI
     return WORTSMAN_PROXIES if cause.startswith("attention") else WORTSMAN_LOW
 
 
