@@ -84,7 +84,7 @@ class Monitor:
         self._first = self._next = self._keeper.next_step
         self._rows = Rows()
         self._continual, probes = sampled_probes(budget)
-        self._sampler = Sampler(probes, model, optimizer, self._boundary)
+        self._sampler = Sampler(probes, budget, model, optimizer, self._boundary)
         self._task_starts: dict[str, int] = {}
         self._user_steps = self._closed = False
         self._flushed = time.perf_counter()

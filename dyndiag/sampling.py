@@ -13,17 +13,26 @@ from torch.optim import Optimizer
 from dyndiag.boundary import Boundary
 from dyndiag.guard import no_trace
 from dyndiag.probes import Probe
+from dyndiag.schedule import credited
 from dyndiag.state import Measurements, TrainState
 from dyndiag.values import Estimate
+
+GRACE = 2.0
+"""Seconds of passes that every run may take, whatever their share: toy runs are seen whole."""
 
 
 class Sampler:
     """Runs probes that take passes of their own, and keeps what they cost."""
 
     def __init__(
-        self, probes: list[Probe], model: nn.Module, optimizer: Optimizer, boundary: Boundary
+        self,
+        probes: list[Probe],
+        share: float,
+        model: nn.Module,
+        optimizer: Optimizer,
+        boundary: Boundary,
     ) -> None:
-        self._probes, self._boundary = probes, boundary
+        self._probes, self._share, self._boundary = probes, share, boundary
         self._guarded = partial(no_trace, model, optimizer)
         self._began = time.perf_counter()
         self._seconds = 0.0
@@ -37,8 +46,10 @@ class Sampler:
 
     def measure_due(self, state: TrainState, keep: Callable[[Measurements], None]) -> None:
         """Run every probe that is due at this step and can be run on this state."""
+        seconds = self.training_seconds
+        worth = credited(seconds, self._share, GRACE)
         for probe in self._probes:
-            if probe.applies(state) and probe.due.due(state.step, self.training_seconds):
+            if probe.applies(state) and probe.due.due(state.step, seconds, worth):
                 self.measure(probe, state, keep)
 
     def measure(

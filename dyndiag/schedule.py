@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
+_INSTANT = 1e-3
+"""Seconds; the logarithm of time begins here."""
+
 
 class Schedule(Protocol):
-    def due(self, step: int, training_seconds: float) -> bool:
-        """Whether to measure at this step; `training_seconds` excludes what probes took."""
+    def due(self, step: int, training_seconds: float, credited_seconds: float) -> bool:
+        """Whether to measure at this step. Training seconds exclude what probes took."""
         ...
 
     def paid(self, step: int, seconds: float) -> None:
@@ -20,113 +24,89 @@ class Schedule(Protocol):
 class Every:
     """Every n-th step, from step 0; every step before `dense_until`.
 
-    >>> [step for step in range(30) if Every(11).due(step, 0.0)]
+    >>> [step for step in range(30) if Every(11).due(step)]
     [0, 11, 22]
     """
 
     n: int
     dense_until: int = 0
 
-    def due(self, step: int, training_seconds: float) -> bool:
+    def due(self, step: int, training_seconds: float = 0, credited_seconds: float = 0) -> bool:
         return step % self.n == 0 or step < self.dense_until
 
     def paid(self, step: int, seconds: float) -> None:
         pass
 
 
-@dataclass
-class LogSpaced:
-    """At steps whose distance grows with the step: about `per_e_fold` samples per factor e.
+def credited(training_seconds: float, share: float, grace: float) -> float:
+    """The training time that probes' shares are shares of, so that toy runs are seen whole.
 
-    Distances are odd, so that the period-2 oscillation at the edge of stability is not hidden.
+    Grows with the logarithm of time until `share` of it is worth `grace` seconds, and is the time
+    itself from there on: probes that keep to their shares of it have never taken more than
+    max(grace, share · training time), and have taken it evenly over the logarithm of time.
+
+    >>> [round(0.05 * credited(t, share=0.05, grace=2.0), 2) for t in (0.1, 1.0, 10.0, 40.0, 100.0)]
+    [0.87, 1.3, 1.74, 2.0, 5.0]
     """
-
-    per_e_fold: int = 32
-    _last: int | None = None
-
-    def due(self, step: int, training_seconds: float) -> bool:
-        if self._last is None:
-            return True
-        distance = step - self._last
-        return distance % 2 == 1 and distance >= step // self.per_e_fold
-
-    def paid(self, step: int, seconds: float) -> None:
-        self._last = step
-
-
-@dataclass
-class Grace:
-    """Seconds that all probes of a run together may take whatever their shares."""
-
-    seconds: float
-    spent: float = 0.0
-
-    def covers(self, cost: float) -> bool:
-        return self.spent + cost <= self.seconds
+    whole = grace / share
+    if training_seconds >= whole:
+        return training_seconds
+    return whole * math.log1p(training_seconds / _INSTANT) / math.log1p(whole / _INSTANT)
 
 
 class Budget:
     """As often as a share of training time allows, at odd intervals.
 
-    The share accrues with training time, and a sample is taken once it pays for it. Before that,
-    out of a grace common to all probes, come log-spaced samples, so that toy runs are seen whole;
-    they count against the share, which then first has to make up for them. So what probes have
-    taken stays below the grace or their shares of training time, whichever is more, but for errors
-    in foreseeing a sample's cost: that of the last one, and of the first `gradients` times the
-    quickest step. A pause leads to no burst: at most four samples' worth is kept.
+    A sample is taken once what has been saved up pays for it, so that more than the share has
+    never been spent, but for errors in foreseeing a sample's cost: that of the last one, and of
+    the first `gradients` times the quickest step. A pause leads to no burst: at most eight samples'
+    worth is kept.
     """
 
-    def __init__(
-        self, share: float, grace: Grace, gradients: float = 0.0, per_e_fold: int = 32
-    ) -> None:
-        self._share, self._grace, self._gradients = share, grace, gradients
-        self._spaced = LogSpaced(per_e_fold)
+    def __init__(self, share: float, gradients: float = 0.0) -> None:
+        self._share, self._gradients = share, gradients
         self._last: int | None = None
-        self._quickest = float("inf")
-        self._cost = self._saved = self._seen = 0.0
+        self._quickest = math.inf
+        self._cost = self._saved = 0.0
+        self._training_before = self._credited_before = 0.0
 
-    def due(self, step: int, training_seconds: float) -> bool:
-        seconds, self._seen = training_seconds - self._seen, training_seconds
-        self._quickest = min(self._quickest, seconds)
-        self._saved += self._share * seconds
+    def due(self, step: int, training_seconds: float, credited_seconds: float) -> bool:
+        self._quickest = min(self._quickest, training_seconds - self._training_before)
+        self._saved += self._share * (credited_seconds - self._credited_before)
+        self._training_before, self._credited_before = training_seconds, credited_seconds
         if self._last is None:
             self._cost = self._gradients * self._quickest
         else:
-            self._saved = min(self._saved, 4 * self._cost)
+            self._saved = min(self._saved, 8 * self._cost)
             if (step - self._last) % 2 == 0:
                 return False
-        if self._saved >= self._cost:
-            return True
-        return self._grace.covers(self._cost) and self._spaced.due(step, training_seconds)
+        return self._saved >= self._cost
 
     def paid(self, step: int, seconds: float) -> None:
         self._last, self._cost = step, seconds
         self._saved -= seconds
-        self._grace.spent += seconds
-        self._spaced.paid(step, seconds)
 
 
 class FixedInterval:
     """At one fixed odd interval, for what must be compared over equal intervals.
 
     (A divergence over a smooth drift grows with the square of its interval.) Where the next
-    sample would overspend both the share of training time and the grace, the interval is made
-    three times longer; it never becomes shorter.
+    sample would overspend the share, the interval is made three times longer; it never becomes
+    shorter.
     """
 
-    def __init__(self, share: float, grace: Grace, interval: int = 11) -> None:
-        self._share, self._grace = share, grace
+    def __init__(self, share: float, interval: int = 11) -> None:
+        self._share = share
         self.interval = interval
         self._last: int | None = None
         self._cost = self._spent = 0.0
 
-    def due(self, step: int, training_seconds: float) -> bool:
+    def due(self, step: int, training_seconds: float, credited_seconds: float) -> bool:
         if self._last is None:
             return True
         if step - self._last < self.interval:
             return False
-        share_pays = self._spent + self._cost <= self._share * training_seconds
-        if share_pays or self._grace.covers(self._cost):
+        if self._spent + self._cost <= self._share * credited_seconds:
             return True
         self.interval *= 3
         return False
@@ -134,4 +114,3 @@ class FixedInterval:
     def paid(self, step: int, seconds: float) -> None:
         self._last, self._cost = step, seconds
         self._spent += seconds
-        self._grace.spent += seconds

@@ -198,8 +198,7 @@ def _plain_backward(parameters: Sequence[Tensor]) -> Iterator[None]:
     hooks = [table for p in parameters if (table := p._backward_hooks)]
     before = [dict(table) for table in hooks]
     with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.inference_mode(False))  # which turns gradients on, too
         for device in {"cpu", parameters[0].device.type}:
             stack.enter_context(torch.autocast(device, enabled=False))
         for table in hooks:

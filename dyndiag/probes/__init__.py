@@ -14,11 +14,8 @@ from dyndiag.probes.curvature import BatchSharpness, Density, Sharpness, Trace
 from dyndiag.probes.predictions import Predictions
 from dyndiag.probes.stability import RealisedEdge
 from dyndiag.probes.step import Step, StepWatch
-from dyndiag.schedule import Budget, FixedInterval, Grace, Schedule
+from dyndiag.schedule import Budget, FixedInterval, Schedule
 from dyndiag.state import Measurements, TrainState
-
-GRACE = 2.0
-"""Seconds of passes that every run may take, whatever their share: toy runs are seen whole."""
 
 
 class Probe(Protocol):
@@ -39,15 +36,14 @@ class Probe(Protocol):
 
 def sampled_probes(share: float) -> tuple[ContinualAccuracy, list[Probe]]:
     """The probes that take passes of their own, with `share` of training time divided up."""
-    grace = Grace(GRACE)
-    continual = ContinualAccuracy(AfterSwitch(0.2 * share, grace))
+    continual = ContinualAccuracy(AfterSwitch(0.2 * share))
     return continual, [
-        Predictions(FixedInterval(0.1 * share, grace)),
-        RealisedEdge(Budget(0.05 * share, grace, gradients=2)),
-        Sharpness(Budget(0.5 * share, grace, gradients=60)),
-        BatchSharpness(Budget(0.05 * share, grace, gradients=4)),
-        Trace(Budget(0.05 * share, grace, gradients=25, per_e_fold=8)),
-        Density(Budget(0.05 * share, grace, gradients=250, per_e_fold=1)),
+        Predictions(FixedInterval(0.1 * share)),
+        RealisedEdge(Budget(0.05 * share, gradients=2)),
+        Sharpness(Budget(0.5 * share, gradients=60)),
+        BatchSharpness(Budget(0.05 * share, gradients=4)),
+        Trace(Budget(0.05 * share, gradients=25)),
+        Density(Budget(0.05 * share, gradients=250)),
         continual,
     ]
 

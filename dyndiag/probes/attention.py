@@ -54,7 +54,7 @@ class AttentionLogits:
 
     def started(self, step: int) -> None:
         self._live = True
-        self._full = self._full_due.due(step, 0.0)
+        self._full = self._full_due.due(step)
         if self._traces_left and not self._found:
             self._trace()
 

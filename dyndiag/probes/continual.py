@@ -7,7 +7,6 @@ from torch import Tensor
 
 from dyndiag.errors import DyndiagError
 from dyndiag.probes.predictions import correct_predictions
-from dyndiag.schedule import Grace
 from dyndiag.state import Measurements, Task, TrainState
 
 
@@ -15,13 +14,13 @@ class AfterSwitch:
     """At every step for 100 steps after a task switch, then at every 11th, within a share.
 
     The share accrues while nothing happens and is spent where minima are: after a switch every
-    step is due as long as something of it is left (or of the grace); between switches half of it
-    is kept. Where evaluations are too dear for that they come at longer distances, and minima
-    between them are missed.
+    step is due as long as something of it is left; between switches half of it is kept. Where
+    evaluations are too dear for that they come at longer distances, and minima between them are
+    missed.
     """
 
-    def __init__(self, share: float, grace: Grace) -> None:
-        self._share, self._grace = share, grace
+    def __init__(self, share: float) -> None:
+        self._share = share
         self._switch = self._last = -(10**9)
         self._cost = self._spent = 0.0
 
@@ -29,17 +28,16 @@ class AfterSwitch:
         """A new task begins at `step`."""
         self._switch = step
 
-    def due(self, step: int, training_seconds: float) -> bool:
+    def due(self, step: int, training_seconds: float, credited_seconds: float) -> bool:
         after_switch = step - self._switch < 100
         if not after_switch and step - self._last < 11:
             return False
-        allowed = self._share * training_seconds * (1 if after_switch else 0.5)
-        return self._spent + self._cost <= allowed or self._grace.covers(self._cost)
+        allowed = self._share * credited_seconds * (1 if after_switch else 0.5)
+        return self._spent + self._cost <= allowed
 
     def paid(self, step: int, seconds: float) -> None:
         self._last, self._cost = step, seconds
         self._spent += seconds
-        self._grace.spent += seconds
 
 
 class ContinualAccuracy:

@@ -43,7 +43,7 @@ class OutputLogits:
             top = top.masked_fill(~mask, -torch.inf)
         highest = top.amax()
         self._max = highest if self._max is None else torch.maximum(self._max, highest)
-        if self._log_partition_due.due(self._step, 0.0):
+        if self._log_partition_due.due(self._step):
             log_z = torch.logsumexp(logits.float(), dim=-1)
             if mask is not None:
                 log_z = log_z.where(mask, 0.0)

@@ -104,7 +104,7 @@ class StepWatch:
             self._begins(True)
             step = Step(tuple(float(group["lr"]) for group in optimizer.param_groups))
             self._step = step
-            if self._parameters and self._updates.due.due(self.step, 0.0):
+            if self._parameters and self._updates.due.due(self.step):
                 step.weights_before = UpdateRatio.before(self._parameters)
             # A closure computes the gradients inside the step: they are read after it.
             if not args[1:] and kwargs.get("closure") is None:

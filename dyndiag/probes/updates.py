@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dyndiag.probes.modules import ModuleNorms
-from dyndiag.schedule import Every, Schedule
+from dyndiag.schedule import Every
 from dyndiag.state import Measurements, TrainState
 
 
@@ -22,7 +22,7 @@ class UpdateRatio:
 
     name = "UpdateRatio"
 
-    def __init__(self, names: Sequence[str], due: Schedule | None = None) -> None:
+    def __init__(self, names: Sequence[str], due: Every | None = None) -> None:
         self.due = due or Every(11, dense_until=44)
         self._norms = ModuleNorms(names)
 

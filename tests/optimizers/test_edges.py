@@ -116,9 +116,9 @@ CASES: dict[str, tuple[Make, Freeze | None]] = {
         lambda p: NAdam(p, lr=RATE, betas=(BETA, KEEP), eps=0.0),
         frozen(exp_avg_sq=1000 * 2**-53, step=999.0, mu_product=0.0),
     ),
-    "nadam, a steep schedule": (  # μ₃ = .77, μ₄ = .81
-        lambda p: NAdam(p, lr=RATE, betas=(BETA, KEEP), eps=0.0, momentum_decay=10.0),
-        frozen(exp_avg_sq=3 * 2**-53, step=2.0, mu_product=0.5),
+    "nadam, a steep schedule": (  # μ₁ = .43, μ₂ = .48
+        lambda p: NAdam(p, lr=RATE, betas=(0.5, KEEP), eps=0.0, momentum_decay=30.0),
+        frozen(exp_avg_sq=2**-53, step=0.0, mu_product=0.5),
     ),
     "radam, step 3, not adaptive yet": (
         lambda p: RAdam(p, lr=RATE, betas=(BETA, 0.999), eps=0.0),
