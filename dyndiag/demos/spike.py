@@ -88,7 +88,7 @@ def train(folder: Path, progress: Progress) -> None:
     model = CharacterModel()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.02, betas=(0.9, 0.95), weight_decay=0.0)
     warm_up = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1 / 30, total_iters=30)
-    with Monitor(model, optimizer, next_character, run=folder, budget=6.0) as monitor:
+    with Monitor(model, optimizer, next_character, run=folder, budget=10.0) as monitor:
         for step in range(STEPS):
             loss = next_character(model, batch)
             loss.backward()

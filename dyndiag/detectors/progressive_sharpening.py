@@ -89,7 +89,7 @@ class ProgressiveSharpening:
         rising = trend is not None and trend.slope > 0 and trend.z > self.z
         rise = self._open
         if rise is None:
-            if trend is None or not rising or trend.rise < self.rise:
+            if trend is None or not rising or min(trend.rise, trend.grown) < self.rise:
                 return []
             if not (below_edge and point.certified):
                 return []
@@ -135,6 +135,15 @@ class _Trend(NamedTuple):
     def rise(self) -> float:
         return math.exp(self.slope * (self.points[-1].step - self.points[0].step))
 
+    @property
+    def first(self) -> float:
+        return median(point.value for point in self.points[:3])
+
+    @property
+    def grown(self) -> float:
+        """What the slope of a series that fell and came up again does not tell."""
+        return median(point.value for point in self.points[-3:]) / self.first
+
 
 def _fit(points: Sequence[_Point], logarithms: Sequence[float]) -> _Trend:
     n = len(points)
@@ -160,7 +169,7 @@ class _Rise:
         self.z = trend.z
         self.minibatch = minibatch
         self.threshold = threshold
-        self.first = median(point.value for point in trend.points[:3])
+        self.first = trend.first
         self.samples = len(trend.points) - 1
         self.certified = sum(point.certified for point in trend.points) - 1
         self.peak, self.highest = start, -math.inf

@@ -12,6 +12,7 @@ from dyndiag.reports.findings import UNDECIDED, Findings, findings, folded
 from dyndiag.reports.findings.edge_of_stability import course
 from dyndiag.reports.findings.edge_of_stability import sentence as edge_sentence
 from dyndiag.reports.findings.finding import Finding, Told, judged
+from dyndiag.reports.findings.precursor import edge_passed
 
 WORDS = 25  # at most so many in a verdict
 
@@ -38,6 +39,11 @@ def _said(c: Contents, worst: Finding, found: Findings) -> str:
     if worst.event.kind == "loss_spike" and worst.urgency == "look" and len(same) > 1:
         steps = words.steps(worst.event.start)
         factor = words.number(worst.event.severity, 2)
+        if all(edge_passed(c, one.event) for one in same):
+            return (
+                f"The loss jumped {words.often(len(same))}, up to {factor}-fold, and came back; "
+                "each time the edge ratio had passed 1 before."
+            )
         return (
             f"The loss jumped {words.often(len(same))} and came back each time; the highest, "
             f"at step {steps}, was {factor}-fold."

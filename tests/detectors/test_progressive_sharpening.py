@@ -147,3 +147,14 @@ def test_what_is_not_certified_opens_nothing_and_what_is_nothing_enters_nothing(
 def test_warm_up_is_not_judged() -> None:
     rows = [(step, row | {"stability/warmup": 1.0}) for step, row in sharpness(range(5, 30))]
     assert rises(rows) == []
+
+
+def test_what_falls_and_comes_half_way_up_again_has_not_risen() -> None:
+    # The slope of all pairs is upwards, and still the end lies below the beginning.
+    values = noisy([8.0, 8.0, 8.0, *np.linspace(2, 6, 30)])
+    assert rises(sharpness(values, rate=0.05)) == []
+
+
+def test_its_severity_is_what_it_rose_by() -> None:
+    (event,) = rises(sharpness(noisy(np.linspace(4, 10, 60)), rate=0.05))
+    assert event.severity == pytest.approx(10 / 4, rel=0.1)

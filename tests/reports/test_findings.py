@@ -38,7 +38,7 @@ def test_numbers_below_the_verdict(edge: Contents) -> None:
     stay = findings(edge).told[0].event
     crossed = int(ratio.steps[(ratio.steps >= stay.start) & (ratio.values > 1)][0])
     assert numbers(edge, findings(edge)) == (
-        f"Sharpness first passed 2/η = 5 at step {crossed:,}. The loss fell from 1.0 to 0.13."
+        f"Sharpness passed 2/η = 5 at step {crossed:,}. The loss fell from 1.0 to 0.13."
     )
 
 
@@ -234,3 +234,41 @@ def test_verdicts_are_short(edge: Contents, tmp_path: Path) -> None:
     for c in runs:
         assert len(verdict(c).split()) <= 25
         assert not {"healthy", "optimal", "anomaly", "please"} & set(verdict(c).lower().split())
+
+
+def test_a_jump_far_above_the_usual_ones_stands_for_itself(edge: Contents) -> None:
+    spikes = [event for event in edge.events if event.kind == "loss_spike"]
+    high = replace(spikes[0], details={**spikes[0].details, "factor": 40.0})
+    events = tuple(high if event is spikes[0] else event for event in edge.events)
+    found = findings(replace(edge, events=events))
+    assert found.told[0].event == high
+    assert found.told[0].urgency == "look"
+
+
+@pytest.mark.parametrize(("highest", "told"), [(1.6, True), (1.1, False)])
+def test_an_edge_ratio_that_rose_before_the_jump_is_its_precursor(
+    highest: float, told: bool, tmp_path: Path
+) -> None:
+    rows = made.spiked(at=400)
+    for step, values in rows:
+        if step % 21 == 0:
+            ratio = highest if 370 <= step < 400 else 0.6
+            values |= made.sample("stability/edge_ratio", ratio) | {"stability/full_batch": 1.0}
+    c = read(made.write(tmp_path / "run", rows))
+    one = next(f for f in findings(c).told if f.event.kind == "loss_spike")
+    assert ("the edge ratio had passed 1" in one.sentence) is told
+    assert ("the edge ratio had risen to 1.6" in one.what) is told
+    assert "points to the data" not in one.sentence + one.what  # every step had the same batch
+
+
+def test_two_jumps_with_one_precursor_share_a_verdict(tmp_path: Path) -> None:
+    rows = made.spiked(steps=900, at=400)
+    for step, values in rows:
+        if 700 <= step < 704:
+            values["train/loss"] += 2.0
+        if step % 21 == 0:
+            before = 370 <= step < 400 or 670 <= step < 700
+            values |= made.sample("stability/edge_ratio", 1.6 if before else 0.6)
+    said = verdict(read(made.write(tmp_path / "run", rows)))
+    assert said.startswith("The loss jumped twice, up to 1.8-fold, and came back; ")
+    assert said.endswith("each time the edge ratio had passed 1 before.")

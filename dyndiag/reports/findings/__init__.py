@@ -10,7 +10,7 @@ from dyndiag.reports.contents import Contents
 from dyndiag.reports.findings.divergence import divergence
 from dyndiag.reports.findings.early_overshoot import early_overshoot
 from dyndiag.reports.findings.edge_of_stability import edge_of_stability
-from dyndiag.reports.findings.finding import Finding, Told, end_of
+from dyndiag.reports.findings.finding import Finding, Told, end_of, value
 from dyndiag.reports.findings.loss_spike import loss_spike
 from dyndiag.reports.findings.non_finite import non_finite
 from dyndiag.reports.findings.other import other
@@ -32,6 +32,7 @@ KINDS: Mapping[str, Callable[[Told, Contents], Finding]] = {
 ORDER = ("act", "look", "know")
 MOST = 12  # findings told in full; the rest is a table
 LATER = 60  # steps by which a loss that left comes before one that is no number
+TENFOLD = 10  # a jump above this is no usual one at the edge of stability
 UNDECIDED = 0.5  # confidence below which an event is no finding
 
 
@@ -72,7 +73,8 @@ def _rank(finding: Finding) -> tuple[int, int, float, int]:
 def folded(events: Sequence[Event], c: Contents) -> list[Told]:
     """Each event with those told inside it, which are no findings of their own.
 
-    Jumps of the loss that came back, within a stay at the edge; those at a switch of tasks, within
+    Jumps of the loss that came back, within a stay at the edge, unless they were more than tenfold
+    (the usual ones are smaller, and what stands above is worth a finding whatever its cause); those at a switch of tasks, within
     a stability gap; and the jumps with which a divergence begins. A divergence that is a loss
     become NaN is told with the first non-finite value, or the other way round where the loss had
     left long before. Probes that fail on non-finite values are told with these.
@@ -98,9 +100,9 @@ def _host(event: Event, events: Sequence[Event], c: Contents) -> Event | None:
         start, end = other_event.start, end_of(c, other_event)
         within = start <= event.start <= end
         if event.kind == "loss_spike":
-            came_back = event.end is not None
+            usual = event.end is not None and value(event, "factor", event.severity) <= TENFOLD
             switch = event.details.get("in_doubt") == "task switch"
-            if other_event.kind == "edge_of_stability" and within and came_back:
+            if other_event.kind == "edge_of_stability" and within and usual:
                 return other_event
             if other_event.kind == "stability_gap" and switch and start - 30 <= event.start <= end:
                 return other_event

@@ -279,7 +279,7 @@ def course(c: Contents, stays: list[Told]) -> str:
     crossings = [(event, step) for event in events if (step := _crossed(c, event)) is not None]
     if crossings:
         event, step = crossings[0]
-        said = f"Sharpness first passed {at_threshold(c, event)} at step {words.steps(step)}"
+        said = f"Sharpness passed {at_threshold(c, event)} at step {words.steps(step)}"
         later = [(e, s) for e, s in crossings[1:] if (change := rate_change(c, e)) is not None]
         if later:
             other, at = later[0]

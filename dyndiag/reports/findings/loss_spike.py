@@ -196,7 +196,7 @@ def _what(c: Contents, event: Event, cause: str) -> str:
         return "The data changed with the task; a higher loss on new data is what one expects."
     edge = edge_passed(c, event)
     if cause.startswith("the edge ratio"):
-        adaptive = "curvature/preconditioned_sharpness" in c.series
+        adaptive = c.get("curvature/preconditioned_sharpness") is not None
         return (
             f"In the {BEFORE} steps before, the edge ratio had risen to {words.number(edge, 2)}: a "
             "step was longer than the sharpest direction allows, and what lay along it grew from "
