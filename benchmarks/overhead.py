@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 import dyndiag
-from dyndiag import sampling
+from dyndiag import schedule
 from dyndiag.demos.spike import CharacterModel, next_character
 
 
@@ -53,7 +53,7 @@ def block(
 
 def always_on(blocks: int) -> None:
     """Two equal trainings side by side, one of them watched; a block of each in turn."""
-    sampling.GRACE = 0.0  # without it the first two seconds of samples would be in here
+    schedule.GRACE = 0.0  # without it the first two seconds of samples would be in here
     plain, watched = problem(), problem()
     count = sum(p.numel() for p in plain[0].parameters())
     with tempfile.TemporaryDirectory() as folder:
@@ -69,7 +69,7 @@ def always_on(blocks: int) -> None:
             seconds = {after is None: block(*p, after) for p, after in order}
             pairs.append((seconds[True], seconds[False]))
         monitor.close()
-    sampling.GRACE = 2.0
+    schedule.GRACE = 2.0
     ratios = sorted(with_it / without for without, with_it in pairs)
     low, high = ratios[len(ratios) // 4], ratios[3 * len(ratios) // 4]
     step = statistics.median(without for without, _ in pairs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dyndiag.errors import DyndiagError
 
 Batch = Any
-"""A tensor, or any nest of tuples, lists and mappings that holds tensors."""
+"""A tensor, or any nest of tuples, lists, mappings and dataclasses that holds tensors."""
 LossFunction = Callable[[nn.Module, Batch], Tensor]
 """`loss_fn(model, batch)`: a scalar tensor, the mean over the batch."""
 
@@ -111,17 +111,15 @@ def tensors(batch: Batch) -> Iterator[Tensor]:
     """Every tensor of the batch, in order."""
     if isinstance(batch, Tensor):
         yield batch
-    elif isinstance(batch, ForwardCall):
-        yield from tensors(batch.args)
-        yield from tensors(batch.kwargs)
-    elif isinstance(batch, MicroBatches):
-        yield from tensors(batch.batches)
     elif isinstance(batch, Mapping):
         for item in batch.values():
             yield from tensors(item)
     elif isinstance(batch, tuple | list):
         for item in batch:
             yield from tensors(item)
+    elif is_dataclass(batch):
+        for part in fields(batch):
+            yield from tensors(getattr(batch, part.name))
 
 
 def batch_size(batch: Batch) -> int:
@@ -130,23 +128,14 @@ def batch_size(batch: Batch) -> int:
 
 
 def copy_batch(batch: Batch) -> Batch:
-    """A copy that later changes of the original do not reach; tensors detached."""
-    if isinstance(batch, Tensor):
-        return batch.detach().clone()
-    if isinstance(batch, ForwardCall):
-        return ForwardCall(copy_batch(batch.args), copy_batch(batch.kwargs))
-    if isinstance(batch, MicroBatches):
-        return MicroBatches(tuple(copy_batch(b) for b in batch.batches), batch.weights)
-    if isinstance(batch, dict):
-        return {key: copy_batch(item) for key, item in batch.items()}
-    if isinstance(batch, tuple | list):
-        items = [copy_batch(item) for item in batch]
-        if hasattr(batch, "_fields"):  # a namedtuple takes its fields one by one
-            return type(batch)(*items)
-        return tuple(items) if isinstance(batch, tuple) else items
-    if isinstance(batch, Mapping):
-        return {key: copy_batch(item) for key, item in batch.items()}
-    return copy.deepcopy(batch)
+    """A copy of the same types that later changes of the original do not reach.
+
+    Its tensors are leaves; those that required a gradient still do.
+    """
+    copies: dict[int, Any] = {}
+    for tensor in tensors(batch):
+        copies[id(tensor)] = tensor.detach().clone().requires_grad_(tensor.requires_grad)
+    return copy.deepcopy(batch, copies)
 
 
 def check_probe_batch(batch: Batch) -> None:

@@ -7,17 +7,20 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
-
-_PACKAGE = str(Path(__file__).parent)
 
 
 def _outside() -> int:
-    """Stack level, seen from the caller, of the user's line that called into dyndiag."""
+    """Stack level, seen from the caller, of the user's line that called into dyndiag.
+
+    By way of torch, where the training's own forward or optimizer step did.
+    """
     frame, level, outside = sys._getframe(1), 1, 1
+    inside = True
     while frame.f_back is not None:
-        if frame.f_code.co_filename.startswith(_PACKAGE):
+        package = str(frame.f_globals.get("__name__")).partition(".")[0]
+        inside = package == "dyndiag" or (inside and package == "torch")
+        if inside:
             outside = level + 1
         frame, level = frame.f_back, level + 1
     return outside
@@ -34,7 +37,8 @@ class Boundary:
         self.step = 0
         self.notices: list[dict[str, Any]] = []
         """What was told: step, source, text; for the run's metadata."""
-        self._failures: Counter[str] = Counter()
+        self.failures: Counter[str] = Counter()
+        """How often each part has failed."""
         self._fresh: list[str] = []
         self._told: set[tuple[str, str]] = set()
 
@@ -43,9 +47,9 @@ class Boundary:
         try:
             yield
         except Exception as error:
-            self._failures[name] += 1
+            self.failures[name] += 1
             self._fresh.append(name)
-            if self._failures[name] == 1:
+            if self.failures[name] == 1:
                 self.tell(
                     name,
                     f"{name} failed at step {self.step}: {str(error) or type(error).__name__}. "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader
 
 from dyndiag.batches import Batch, LossFunction, check_probe_batch
 from dyndiag.errors import DyndiagError
@@ -43,6 +44,15 @@ def check_arguments(
         raise DyndiagError(
             "the optimizer updates none of the model's parameters: make it from "
             "model.parameters() of the very model that is passed (after any move or copy of it)"
+        )
+    if any(nn.parameter.is_lazy(p) for p in model.parameters()):
+        raise DyndiagError(
+            f"the model ({type(model).__name__}) has lazy parameters without a shape yet: "
+            "run one batch through it before the monitor is made"
+        )
+    if isinstance(probe_batch, DataLoader):
+        raise DyndiagError(
+            "probe_batch must be one batch, but it is a DataLoader: pass next(iter(loader))"
         )
     if probe_batch is not None:
         check_probe_batch(probe_batch)

@@ -6,12 +6,18 @@ function can change, and puts it back bit for bit, whether the body ends well or
 
 from __future__ import annotations
 
+import functools
 import random
+import signal
 import sys
+import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from types import CodeType, FunctionType, MethodType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -21,16 +27,23 @@ Restore = Callable[[], None]
 
 # Hooks that only watch or edit gradients: they would fire in probes' backward passes too.
 _BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
+_Generator = torch.Generator | np.random.Generator | np.random.RandomState | random.Random
 
 
 @contextmanager
-def no_trace(model: nn.Module, optimizer: Optimizer | None = None) -> Iterator[None]:
+def no_trace(
+    model: nn.Module,
+    optimizer: Optimizer | None = None,
+    loss_fn: Callable[..., Any] | None = None,
+) -> Iterator[None]:
     """Run the body as if it had never been run.
 
-    Put back afterwards, also on error: parameters, `.grad` (the same object with the same value)
-    and `requires_grad`; buffers; every plain attribute of every module (train/eval flags,
-    counters, lists, metric states); the optimizer's state and parameter groups; the random
-    streams of Python, NumPy and torch on every device; backend switches, grad mode, autocast.
+    Put back afterwards, also on error or Ctrl-C: parameters, `.grad` (the same object with the
+    same value) and `requires_grad`; buffers; every plain attribute of every module (train/eval
+    flags, counters, lists, arrays, generators); the optimizer's state and parameter groups; the
+    random streams of Python, NumPy and torch on every device; backend switches, grad mode,
+    autocast. Modules and generators that `loss_fn` works with besides its arguments (a generator
+    network, a teacher) count as the model's. Other objects are left as the body leaves them.
 
     Inside: gradients on, inference mode and autocast off, user backward hooks silent, attention
     by its math kernel and RNNs without cuDNN (the others have no second derivative), compiled
@@ -38,11 +51,12 @@ def no_trace(model: nn.Module, optimizer: Optimizer | None = None) -> Iterator[N
 
     Cost: one copy of parameters, gradients, buffers and optimizer state each way.
     """
-    restores = [*_remember_modules(model), *_remember_parameters(_all_parameters(model, optimizer))]
+    roots: list[object] = [model, *_held(loss_fn)]
     if optimizer is not None:
-        restores += _remember(optimizer.state) + _remember(optimizer.param_groups)
-    restores += _remember_random_streams()
-    restores += _remember_switches()
+        roots += [optimizer.state, optimizer.param_groups]
+    reached = _reachable(roots)
+    restores = _remember_switches() + _remember_random_streams()
+    restores += [_remember(value) for value in reached]
     try:
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))
@@ -51,33 +65,140 @@ def no_trace(model: nn.Module, optimizer: Optimizer | None = None) -> Iterator[N
             if torch.cuda.is_available():
                 stack.enter_context(torch.autocast("cuda", enabled=False))
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-            if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+            if any(isinstance(value, nn.RNNBase) for value in reached):
                 stack.enter_context(torch.backends.cudnn.flags(enabled=False))
             if "torch._dynamo" in sys.modules:  # importing it would take seconds
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
-            stack.enter_context(_backward_hooks_silent(model))
+            stack.enter_context(_backward_hooks_silent(reached))
             yield
     finally:
-        with torch.no_grad():
-            for restore in restores:
-                restore()
+        with _interrupts_wait(), torch.no_grad():
+            _put_back(restores)
 
 
-def _all_parameters(model: nn.Module, optimizer: Optimizer | None) -> Iterable[Tensor]:
-    known: dict[int, Tensor] = {id(p): p for p in model.parameters()}
-    if optimizer is not None:
-        known |= {id(p): p for group in optimizer.param_groups for p in group["params"]}
-    return known.values()
+def _put_back(restores: list[Restore]) -> None:
+    try:
+        while restores:
+            restores.pop()()
+    finally:
+        if False:  # one of them has raised: the others all the same
+            _put_back(restores)
 
 
-def _remember_parameters(parameters: Iterable[Tensor]) -> list[Restore]:
-    return [_remember_parameter(p) for p in parameters]
+def _held(loss_fn: object) -> list[object]:
+    """Modules and random generators that a function works with besides its arguments.
+
+    Those in its closure, its defaults, the globals it names and the object it belongs to; also by
+    way of functions of the same file.
+    """
+    found: list[object] = []
+    seen: set[int] = set()
+    home: dict[str, Any] | None = None
+    todo = [loss_fn]
+    while todo:
+        value = todo.pop()
+        if type(value) in _FIXED or id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, nn.Module | _Generator):
+            found.append(value)
+        elif isinstance(value, functools.partial):
+            todo += [value.func, *value.args, *value.keywords.values()]
+        elif isinstance(value, MethodType):
+            todo += [value.__func__, *getattr(value.__self__, "__dict__", {}).values()]
+            todo.append(value.__self__ if isinstance(value.__self__, nn.Module) else None)
+        elif isinstance(value, FunctionType):
+            home = value.__globals__ if home is None else home
+            if value.__globals__ is home:
+                todo += _surroundings(value)
+        elif isinstance(value, list | tuple | dict):
+            if len(value) <= _MANY:
+                todo += value.values() if isinstance(value, dict) else value
+        elif value is loss_fn:  # an object with __call__
+            todo.append(getattr(value, "__call__", None))  # noqa: B004
+    return found
 
 
-def _remember_parameter(p: Tensor) -> Restore:
+def _surroundings(function: FunctionType) -> list[object]:
+    """What a function refers to: closure, defaults, globals."""
+    found: list[object] = [
+        *(function.__defaults__ or ()),
+        *(function.__kwdefaults__ or {}).values(),
+    ]
+    for cell in function.__closure__ or ():
+        with suppress(ValueError):  # a variable that has no value yet
+            found.append(cell.cell_contents)
+    codes = [function.__code__]
+    for code in codes:
+        codes += [const for const in code.co_consts if isinstance(const, CodeType)]
+        found += [function.__globals__.get(name) for name in code.co_names]
+    return found
+
+
+_MANY = 1000
+"""Containers longer than this hold data, not modules."""
+# What cannot change; said first because there is so much of it.
+_FIXED = {type(None), bool, int, float, str, bytes, torch.dtype, torch.device, type}
+
+
+def _reachable(roots: Iterable[object]) -> list[object]:
+    """What a pass may change: modules, tensors, arrays and generators, in nested containers."""
+    found: dict[int, object] = {}
+    todo = list(roots)
+    while todo:
+        value = todo.pop()
+        if type(value) in _FIXED or id(value) in found:
+            continue
+        if isinstance(value, nn.Module):
+            found[id(value)] = value
+            todo.append(vars(value))
+        elif isinstance(value, dict):
+            found[id(value)] = value
+            todo += value.values()
+        elif isinstance(value, list | tuple | deque):
+            found[id(value)] = value
+            todo += value
+        elif isinstance(value, Tensor | set | np.ndarray | _Generator):
+            found[id(value)] = value
+    return list(found.values())
+
+
+def _remember(value: Any) -> Restore:
+    """How to give a value its present content again."""
+    if isinstance(value, Tensor):
+        return _remember_leaf(value) if value.is_leaf else _remember_tensor(value)
+    if isinstance(value, dict):
+        return functools.partial(_put_back_dict, value, dict(value))
+    if isinstance(value, list | deque):
+        return functools.partial(_put_back_list, value, list(value))
+    if isinstance(value, set):
+        return functools.partial(_put_back_set, value, set(value))
+    if isinstance(value, np.ndarray) and value.flags.writeable:
+        return functools.partial(np.copyto, value, value.copy())
+    if isinstance(value, torch.Generator):
+        return functools.partial(_set_state, value, value.get_state())
+    if isinstance(value, np.random.Generator):
+        bits = value.bit_generator
+        return functools.partial(setattr, bits, "state", bits.state)
+    if isinstance(value, np.random.RandomState):
+        return functools.partial(value.set_state, value.get_state())
+    if isinstance(value, random.Random):
+        return functools.partial(value.setstate, value.getstate())
+    return _nothing
+
+
+def _set_state(generator: torch.Generator, state: Tensor) -> None:
+    generator.set_state(state)
+
+
+def _nothing() -> None:
+    pass
+
+
+def _remember_leaf(p: Tensor) -> Restore:
     requires_grad, grad = p.requires_grad, p.grad
     put_value = _remember_tensor(p)
-    put_grad = None if grad is None else _remember_tensor(grad)
+    put_grad = _nothing if grad is None else _remember_tensor(grad)
 
     def restore() -> None:
         put_value()
@@ -85,15 +206,16 @@ def _remember_parameter(p: Tensor) -> Restore:
             p.requires_grad_(requires_grad)
         if p.grad is not grad:
             p.grad = grad
-        if put_grad is not None:
-            put_grad()
+        put_grad()
 
     return restore
 
 
 def _remember_tensor(tensor: Tensor) -> Restore:
-    if tensor.layout is not torch.strided or _overlaps_itself(tensor):
-        return lambda: None  # sparse gradients and expanded views: nobody can write into them
+    if tensor.layout is not torch.strided or nn.parameter.is_lazy(tensor):
+        return _nothing
+    if _overlaps_itself(tensor):  # an expanded view: nobody can write into it
+        return _nothing
     # .data keeps the version counter where it is, so a graph that the user holds stays valid.
     value = tensor.data.clone()
 
@@ -109,52 +231,20 @@ def _overlaps_itself(tensor: Tensor) -> bool:
     )
 
 
-def _remember_modules(model: nn.Module) -> list[Restore]:
-    restores: list[Restore] = []
-    for module in model.modules():
-        attributes = vars(module)
-        before = dict(attributes)
-        restores.append(lambda a=attributes, b=before: _put_back_dict(a, b))  # type: ignore[misc]
-        for name, value in before.items():
-            if "hooks" not in name:
-                restores += _remember(value)
-    return restores
-
-
-def _remember(value: Any) -> list[Restore]:
-    """Restores for a tensor or a (nested) list, dict or set; anything else is kept by reference."""
-    if isinstance(value, nn.Parameter):
-        return []  # remembered once, with its gradient
-    if isinstance(value, Tensor):
-        return [_remember_tensor(value)]
-    if isinstance(value, dict):
-        before = dict(value)
-        inner = [restore for item in before.values() for restore in _remember(item)]
-        return [lambda: _put_back_dict(value, before), *inner]
-    if isinstance(value, list):
-        items = list(value)
-        inner = [restore for item in items for restore in _remember(item)]
-        return [lambda: _put_back_list(value, items), *inner]
-    if isinstance(value, set):
-        members = set(value)
-        return [lambda: _put_back_set(value, members)]
-    if isinstance(value, tuple):
-        return [restore for item in value for restore in _remember(item)]
-    return []
-
-
 def _put_back_dict(target: dict[Any, Any], before: dict[Any, Any]) -> None:
-    if len(target) == len(before) and all(
-        key in target and target[key] is value for key, value in before.items()
-    ):
-        return
-    target.clear()
-    target.update(before)
+    if len(target) == len(before) and all(a is b for a, b in zip(target, before, strict=True)):
+        for key, value in before.items():
+            if target[key] is not value:
+                target[key] = value
+    else:
+        target.clear()
+        target.update(before)
 
 
-def _put_back_list(target: list[Any], before: list[Any]) -> None:
+def _put_back_list(target: list[Any] | deque[Any], before: list[Any]) -> None:
     if len(target) != len(before) or any(a is not b for a, b in zip(target, before, strict=True)):
-        target[:] = before
+        target.clear()
+        target.extend(before)
 
 
 def _put_back_set(target: set[Any], before: set[Any]) -> None:
@@ -164,15 +254,12 @@ def _put_back_set(target: set[Any], before: set[Any]) -> None:
 
 
 def _remember_random_streams() -> list[Restore]:
-    python, cpu = random.getstate(), torch.get_rng_state()
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
     restores: list[Restore] = [
         lambda: random.setstate(python),
+        lambda: np.random.set_state(numpy),
         lambda: torch.set_rng_state(cpu),
     ]
-    numpy = sys.modules.get("numpy")
-    if numpy is not None:
-        state = numpy.random.get_state()
-        restores.append(lambda: numpy.random.set_state(state))
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         states = torch.cuda.get_rng_state_all()
         restores.append(lambda: torch.cuda.set_rng_state_all(states))
@@ -204,10 +291,11 @@ def _remember_switches() -> list[Restore]:
 
 
 @contextmanager
-def _backward_hooks_silent(model: nn.Module) -> Iterator[None]:
+def _backward_hooks_silent(owners: Iterable[object]) -> Iterator[None]:
     hooks = [
         table
-        for owner in (*model.modules(), *model.parameters())
+        for owner in owners
+        if isinstance(owner, nn.Module | Tensor)
         for name in _BACKWARD_HOOKS
         if (table := getattr(owner, name, None))
     ]
@@ -220,3 +308,20 @@ def _backward_hooks_silent(model: nn.Module) -> Iterator[None]:
         for table, entries in zip(hooks, before, strict=True):
             table.clear()
             table.update(entries)
+
+
+@contextmanager
+def _interrupts_wait() -> Iterator[None]:
+    """Ctrl-C takes effect when the body is done: what was put back by half would be a trace."""
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield  # only the main thread is ever interrupted
+        return
+    came: list[Any] = []
+    signal.signal(signal.SIGINT, lambda *args: came.append(args))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        for args in came[:1]:
+            handler(*args)

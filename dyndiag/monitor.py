@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -26,13 +26,14 @@ from dyndiag.boundary import Boundary
 from dyndiag.door import check_arguments, trainable
 from dyndiag.facts import describe_batch, facts, now
 from dyndiag.keeping import Keeper
-from dyndiag.probes import Step, StepWatch, sampled_probes
+from dyndiag.probes import Step, StepWatch, learning_rates, sampled_probes
 from dyndiag.rows import Rows
 from dyndiag.sampling import Sampler
 from dyndiag.state import Measurements, Task, TrainState
 from dyndiag.values import Event
 
 _FLUSH_SECONDS = 1.0
+_LOOK_AGAIN = 11  # steps; looking at every parameter takes a while in a large model
 
 
 class Monitor:
@@ -41,7 +42,7 @@ class Monitor:
     Parameters
     ----------
     model, optimizer
-        As trained. The parameters that are trainable now are watched.
+        As trained. The trainable parameters are watched, also where they change.
     loss_fn
         `loss_fn(model, batch) -> scalar tensor`, the mean over the batch, with its graph.
         Without one the output's own `.loss` is used; where there is none, no curvature.
@@ -77,26 +78,22 @@ class Monitor:
     ) -> None:
         check_arguments(model, optimizer, loss_fn, probe_batch, budget)
         self._model, self._optimizer, self._loss_fn = model, optimizer, loss_fn
-        self._names, self._parameters = trainable(model)
         self._probe = None if probe_batch is None else copy_batch(as_micro_batches(probe_batch))
         self._boundary = Boundary()
         self._keeper = Keeper(Path(run), first_step, self._boundary, on_event, tensorboard)
         self._first = self._next = self._keeper.next_step
         self._rows = Rows()
         self._continual, probes = sampled_probes(budget)
-        self._sampler = Sampler(probes, budget, model, optimizer, self._boundary)
+        self._sampler = Sampler(probes, budget, model, optimizer, loss_fn, self._boundary)
         self._task_starts: dict[str, int] = {}
         self._user_steps = self._closed = False
         self._flushed = time.perf_counter()
-        self._watch = StepWatch(
-            model, optimizer, self._names, self._parameters, self._boundary, self._training_goes_on
-        )
-        self._watch.step = self._next
+        self._begin_watching()
         if not self._parameters:
             self._boundary.tell(
                 "Monitor",
-                "the model has no trainable parameter (all are frozen), so only the loss is kept; "
-                "unfreeze what is to be watched before the monitor is made",
+                "the model has no trainable parameter (all are frozen), so only the loss is kept "
+                "until some are unfrozen",
             )
         self._keeper.keep(
             [],
@@ -113,6 +110,8 @@ class Monitor:
         `loss`: the step's loss; `batch`: what it was taken on, as `loss_fn` takes it (several
         micro-batches as `dyndiag.batches.MicroBatches`). Both may be left out.
         """
+        if self._is_over():
+            return
         taken = self._watch.take()
         if taken is None and not self._user_steps and self._next > self._first:
             self._keep_loss(self._next - 1, loss)  # a second forward had ended the first step
@@ -120,14 +119,20 @@ class Monitor:
             self._finish(taken or Step(seen={"train/skipped": 1.0}), loss, batch)
         self._user_steps = True
 
-    def start_task(self, name: str, eval_batches: Sequence[Batch]) -> None:
+    def start_task(self, name: str, eval_batches: Iterable[Batch]) -> None:
         """From the next step on the training is on task `name` (continual learning).
 
-        `eval_batches`: the batches on which the task's accuracy is measured from now on.
+        `eval_batches`: the batches on which the task's accuracy is measured from now on (a list,
+        or a DataLoader, which is then run through each time).
         Raises DyndiagError for a name used before, and for evaluation batches that are empty.
         """
+        if self._is_over():
+            return
         self._training_goes_on(optimizer_steps=True)
-        self._continual.start(Task(name, list(eval_batches)), self._next)
+        if isinstance(eval_batches, Iterator):  # can be run through only once
+            with self._sampler.guarded():
+                eval_batches = list(eval_batches)
+        self._continual.start(Task(name, eval_batches), self._next)
         self._task_starts[name] = self._next
         last = self._next - 1
         if last >= self._first:  # what the switch is judged by: the accuracies just before it
@@ -167,6 +172,34 @@ class Monitor:
             self._boundary.note("training", f"it ended with {type(error).__name__}: {error}")
         self.close()
 
+    def _begin_watching(self) -> None:
+        self._names, self._parameters = trainable(self._model)
+        self._watch = StepWatch(
+            self._model,
+            self._optimizer,
+            self._names,
+            self._parameters,
+            self._boundary,
+            self._training_goes_on,
+        )
+        self._watch.step = self._next
+
+    def _follow_freezing(self) -> None:
+        _, now_trainable = trainable(self._model)
+        if [id(p) for p in now_trainable] != [id(p) for p in self._parameters]:
+            self._watch.detach()
+            self._begin_watching()
+            self._boundary.tell(
+                "Monitor",
+                f"other parameters are trainable since about step {self._next - 1} (now "
+                f"{len(now_trainable)} tensors): norms and curvature are of these from here on",
+            )
+
+    def _is_over(self) -> bool:
+        if self._closed:
+            self._boundary.tell("Monitor", "the monitor is closed: what comes after is not kept")
+        return self._closed
+
     def _training_goes_on(self, optimizer_steps: bool) -> None:
         # Where nobody calls `step`, a step is over when the next forward or step begins.
         if self._watch.pending and (optimizer_steps or not self._user_steps):
@@ -177,16 +210,17 @@ class Monitor:
     def _finish(self, taken: Step, loss: Tensor | float | None, batch: Batch) -> None:
         step, self._next = self._next, self._next + 1
         self._boundary.step = step
-        self._watch.paused = True
         with self._boundary("Monitor"):
             self._rows.add(step, taken.seen | _rates(taken.learning_rates))
             self._keep_loss(step, taken.loss if loss is None else loss)
             state = self._state(step, taken, batch)
-            self._rows.add(step, self._watch.update_ratio(state))
+            with self._boundary("UpdateRatio"):
+                self._rows.add(step, self._watch.update_ratio(state))
             self._sampler.measure_due(state, lambda seen: self._rows.add(step, seen))
             self._rows.add(step, {f"failures/{name}": 1.0 for name in self._boundary.failed()})
-        self._watch.paused = False
         self._watch.step = self._next
+        if step % _LOOK_AGAIN == 0:
+            self._follow_freezing()
         if time.perf_counter() - self._flushed > _FLUSH_SECONDS:
             self.flush()
 
@@ -204,10 +238,12 @@ class Monitor:
         if loss_fn is None:
             training = taken.batch or training
             loss_fn = own_loss if taken.batch is None or taken.loss is not None else None
-        if self._probe is None and training is not None:
-            self._probe = copy_batch(training)
+        if self._probe is None and training is not None and not self._boundary.failures["Batch"]:
+            with self._boundary("Batch"):
+                self._probe = copy_batch(training)
         if loss_fn is None or self._probe is None:
             self._boundary.tell("Monitor", _no_curvature(loss_fn))
+        rates = learning_rates(self._optimizer)  # of a skipped step, and of groups added since it
         return TrainState(
             step=step,
             model=self._model,
@@ -217,7 +253,7 @@ class Monitor:
             loss_fn=loss_fn,
             probe=self._probe,
             batch=training,
-            learning_rates=taken.learning_rates,
+            learning_rates=taken.learning_rates + rates[len(taken.learning_rates) :],
             weights_before=taken.weights_before,
         )
 
@@ -244,7 +280,7 @@ def _rates(rates: tuple[float, ...]) -> Measurements:
         found["train/learning_rate"] = rates[0]
     if len(set(rates)) > 1:
         found |= {f"train/learning_rate/{i}": rate for i, rate in enumerate(rates)}
-    return found
+    return {name: rate for name, rate in found.items() if rate == rate}  # NaN: it has none
 
 
 def _no_curvature(loss_fn: LossFunction | None) -> str:

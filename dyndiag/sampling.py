@@ -10,15 +10,13 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from dyndiag import schedule
+from dyndiag.batches import LossFunction
 from dyndiag.boundary import Boundary
 from dyndiag.guard import no_trace
-from dyndiag.probes import Probe
-from dyndiag.schedule import credited
+from dyndiag.probes import Probe, unwatched
 from dyndiag.state import Measurements, TrainState
 from dyndiag.values import Estimate
-
-GRACE = 2.0
-"""Seconds of passes that every run may take, whatever their share: toy runs are seen whole."""
 
 
 class Sampler:
@@ -30,10 +28,12 @@ class Sampler:
         share: float,
         model: nn.Module,
         optimizer: Optimizer,
+        loss_fn: LossFunction | None,
         boundary: Boundary,
     ) -> None:
         self._probes, self._share, self._boundary = probes, share, boundary
-        self._guarded = partial(no_trace, model, optimizer)
+        self.guarded = partial(no_trace, model, optimizer, loss_fn)
+        """The guard, for whatever else must leave no trace."""
         self._began = time.perf_counter()
         self._seconds = 0.0
         self.cost: dict[str, dict[str, float]] = {}
@@ -47,7 +47,7 @@ class Sampler:
     def measure_due(self, state: TrainState, keep: Callable[[Measurements], None]) -> None:
         """Run every probe that is due at this step and can be run on this state."""
         seconds = self.training_seconds
-        worth = credited(seconds, self._share, GRACE)
+        worth = schedule.credited(seconds, self._share, schedule.GRACE)
         for probe in self._probes:
             if probe.applies(state) and probe.due.due(state.step, seconds, worth):
                 self.measure(probe, state, keep)
@@ -59,7 +59,7 @@ class Sampler:
         before = time.perf_counter()
         seen: Measurements = {}
         try:
-            with self._boundary(probe.name), self._guarded():
+            with self._boundary(probe.name), unwatched(), self.guarded():
                 seen = probe.measure(state)
                 _wait_for(state)
         finally:
@@ -67,8 +67,9 @@ class Sampler:
             self._seconds += seconds
             probe.due.paid(state.step, seconds)
         keep(seen)
-        for text in getattr(probe, "notices", ()):
-            self._boundary.tell(probe.name, text)
+        notices: list[str] = getattr(probe, "notices", [])
+        while notices:
+            self._boundary.tell(probe.name, notices.pop(0))
         if seen:
             cost = self.cost.setdefault(probe.name, {"seconds": 0.0, "samples": 0, "products": 0})
             cost["seconds"] += seconds

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Protocol
 
+GRACE = 2.0
+"""Seconds of passes that every run may take, whatever their share: toy runs are seen whole."""
 _INSTANT = 1e-3
 """Seconds; the logarithm of time begins here."""
 
@@ -59,12 +61,13 @@ class Budget:
 
     A sample is taken once what has been saved up pays for it, so that more than the share has
     never been spent, but for errors in foreseeing a sample's cost: that of the last one, and of
-    the first `gradients` times the quickest step. A pause leads to no burst: at most eight samples'
-    worth is kept.
+    the first `gradients` times the quickest step. That first sample may be taken in advance, if it
+    costs at most `advance` seconds. A pause leads to no burst: at most eight samples' worth is
+    kept.
     """
 
-    def __init__(self, share: float, gradients: float = 0.0) -> None:
-        self._share, self._gradients = share, gradients
+    def __init__(self, share: float, gradients: float = 0.0, advance: float = 0.0) -> None:
+        self._share, self._gradients, self._advance = share, gradients, advance
         self._last: int | None = None
         self._quickest = math.inf
         self._cost = self._saved = 0.0
@@ -76,6 +79,8 @@ class Budget:
         self._training_before, self._credited_before = training_seconds, credited_seconds
         if self._last is None:
             self._cost = self._gradients * self._quickest
+            if self._cost <= self._advance:
+                return True
         else:
             self._saved = min(self._saved, 8 * self._cost)
             if (step - self._last) % 2 == 0:

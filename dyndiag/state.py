@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -54,4 +54,4 @@ class Task:
     """A segment of the data in continual learning, with the batches that it is judged on."""
 
     name: str
-    eval_batches: Sequence[Batch]
+    eval_batches: Iterable[Batch]

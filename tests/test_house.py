@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "curvature": {"errors", "guard"},
     "optimizers": {"curvature", "errors"},
     "probes": {"batches", "curvature", "errors", "optimizers", "schedule", "state", "values"},
-    "sampling": {"boundary", "guard", "probes", "schedule", "state", "values"},
+    "sampling": {"batches", "boundary", "guard", "probes", "schedule", "state", "values"},
     "detectors": {"errors", "values"},
     "store": {"errors", "values"},
     "sinks": {"errors", "values"},

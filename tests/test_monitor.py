@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gc
 import math
+import os
 import subprocess
 import sys
 import textwrap
+import threading
 import warnings
 import weakref
 from pathlib import Path
@@ -17,6 +19,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 import dyndiag
 from dyndiag.batches import MicroBatches
@@ -109,7 +112,8 @@ def test_only_the_optimizer_is_called(tmp_path: Path) -> None:
     assert "stability/realised_edge" in run.names
 
 
-def test_accumulated_micro_batches(tmp_path: Path) -> None:
+def test_accumulated_micro_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dyndiag.schedule.GRACE", 1e9)
     for name, whole in (("whole", True), ("parts", False)):
         torch.manual_seed(0)
         model = mlp()
@@ -147,6 +151,158 @@ def test_skipped_steps_count_and_are_marked(tmp_path: Path) -> None:
     assert run["train/loss"].index.tolist() == [0, 1, 2, 3]
     assert run["train/skipped"].index.tolist() == [2]
     assert 2 not in run["gradients/norm"].index
+
+
+def test_curvature_can_be_measured_at_a_skipped_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dyndiag.schedule.GRACE", 1e9)
+    model = mlp()
+    optimizer = sgd(model)
+    with dyndiag.Monitor(
+        model, optimizer, cross_entropy, run=tmp_path / "run", probe_batch=BATCHES[0]
+    ) as monitor:
+        monitor.step(loss=1.0)
+        train(monitor, model, optimizer, 1)
+    run = dyndiag.Run(tmp_path / "run")
+    assert 0 in run["stability/edge_ratio"].index
+    assert run["train/learning_rate"].index.tolist() == [1]
+
+
+def test_layers_that_are_unfrozen_later_are_watched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dyndiag.schedule.GRACE", 1e9)
+    model = mlp()
+    model[0].requires_grad_(False)
+    optimizer = torch.optim.SGD(model[2].parameters(), lr=0.1)
+    with (
+        pytest.warns(dyndiag.DyndiagWarning, match=r"other parameters are trainable.*4 tensors"),
+        dyndiag.Monitor(model, optimizer, cross_entropy, run=tmp_path / "run") as monitor,
+    ):
+        train(monitor, model, optimizer, 15)
+        model[0].requires_grad_(True)
+        optimizer.add_param_group({"params": model[0].parameters()})
+        train(monitor, model, optimizer, 15)
+        top = torch.linalg.eigvalsh(hessian_of(model))[-1].item()
+    run = dyndiag.Run(tmp_path / "run")
+    assert run["gradients/norm/0"].index.tolist() == list(range(23, 30))  # looked at step 22
+    assert run["gradients/norm/2"].index.tolist() == list(range(30))
+    assert run["curvature/sharpness"].iloc[-1] == pytest.approx(top, rel=1e-2)
+    assert "failures/Sharpness" not in run.names
+
+
+def hessian_of(model: nn.Module) -> Tensor:
+    """Of the first batch's loss over all parameters."""
+    parameters = list(model.parameters())
+    gradient = torch.autograd.grad(
+        cross_entropy(model.eval(), BATCHES[0]), parameters, create_graph=True
+    )
+    rows = [
+        torch.autograd.grad(element, parameters, retain_graph=True)
+        for element in torch.cat([g.flatten() for g in gradient])
+    ]
+    return torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
+
+
+def test_steps_after_the_close_are_told_once_and_not_kept(tmp_path: Path) -> None:
+    model = mlp()
+    optimizer = sgd(model)
+    monitor = dyndiag.Monitor(model, optimizer, cross_entropy, run=tmp_path / "run")
+    train(monitor, model, optimizer, 3)
+    monitor.close()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        train(monitor, model, optimizer, 3)
+        monitor.start_task("late", BATCHES)
+        assert monitor.flush()
+        monitor.close()
+    assert ["the monitor is closed" in str(warning.message) for warning in told] == [True]
+    assert len(dyndiag.Run(tmp_path / "run")["train/loss"]) == 3
+
+
+def test_on_event_may_close_the_monitor(tmp_path: Path) -> None:
+    model = mlp()
+    seen: list[Any] = []
+
+    def stop(event: Any) -> None:
+        seen.append(event.kind)
+        monitor.close()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", dyndiag.DyndiagWarning)
+        monitor = dyndiag.Monitor(model, sgd(model), run=tmp_path / "run", on_event=stop)
+        for step in range(80):
+            monitor.step(loss=1 + 0.01 * (-1) ** step if step < 60 else 3.0)
+            monitor.flush()
+    assert seen == ["loss_spike"]
+    run = dyndiag.Run(tmp_path / "run")
+    assert len(run["train/loss"]) < 80
+    assert not any("Store" in notice["source"] for notice in run.metadata["notices"])
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_process_does_not_write_to_the_run(tmp_path: Path) -> None:
+    model = mlp()
+    optimizer = sgd(model)
+    monitor = dyndiag.Monitor(
+        model, optimizer, cross_entropy, run=tmp_path / "run", tensorboard=False
+    )
+    train(monitor, model, optimizer, 2)
+    child = os.fork()
+    if child == 0:
+        try:
+            train(monitor, model, optimizer, 3)
+            monitor.close()
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    assert dyndiag.Run(tmp_path / "run").metadata["finished"] is None
+    train(monitor, model, optimizer, 2)
+    monitor.close()
+    assert dyndiag.Run(tmp_path / "run")["train/loss"].index.tolist() == [0, 1, 2, 3]
+
+
+def test_an_optimizer_without_learning_rates(tmp_path: Path) -> None:
+    class Own(torch.optim.Optimizer):
+        def __init__(self, parameters: Any) -> None:
+            super().__init__(parameters, {})
+
+        def step(self) -> None:  # type: ignore[override]
+            with torch.no_grad():
+                for p in self.param_groups[0]["params"]:
+                    p.sub_(0.1 * p.grad)
+
+    model = mlp()
+    optimizer = Own(model.parameters())
+    with (
+        pytest.warns(dyndiag.DyndiagWarning, match="threshold of Own is not known"),
+        dyndiag.Monitor(model, optimizer, cross_entropy, run=tmp_path / "run") as monitor,
+    ):
+        train(monitor, model, optimizer, 5)
+    run = dyndiag.Run(tmp_path / "run")
+    assert len(run["gradients/norm"]) == 5
+    assert "train/skipped" not in run.names
+    assert "train/learning_rate" not in run.names
+
+
+def test_a_batch_that_cannot_be_copied_costs_only_what_needs_a_copy(tmp_path: Path) -> None:
+    model = mlp()
+    optimizer = sgd(model)
+    batch = (*BATCHES[0], threading.Lock())
+    with (
+        pytest.warns(dyndiag.DyndiagWarning, match="lock"),
+        dyndiag.Monitor(
+            model, optimizer, lambda m, b: cross_entropy(m, b[:2]), run=tmp_path / "run"
+        ) as monitor,
+        warnings.catch_warnings(),
+    ):
+        warnings.filterwarnings("ignore", "dyndiag: no batch to measure on")
+        train(monitor, model, optimizer, 5, batch=batch)
+    run = dyndiag.Run(tmp_path / "run")
+    assert len(run["updates/ratio"]) == len(run["train/loss"]) == 5
+    assert run["failures/Batch"].tolist() == [1.0]
 
 
 def test_the_same_folder_goes_on(tmp_path: Path) -> None:
@@ -195,15 +351,15 @@ def test_a_task_switch_is_evaluated_before_and_after(tmp_path: Path) -> None:
         expected = (model(BATCHES[0][0]).argmax(-1) == BATCHES[0][1]).float().mean().item()
         monitor.start_task("second", eval_batches=BATCHES[1:3])
         train(monitor, model, optimizer, 3)
+        with pytest.raises(dyndiag.DyndiagError, match="started before"):
+            monitor.start_task("first", eval_batches=BATCHES)
+        with pytest.raises(dyndiag.DyndiagError, match="no evaluation batches"):
+            monitor.start_task("third", eval_batches=[])
     run = dyndiag.Run(tmp_path / "run")
     assert run["continual/accuracy/first"][2] == pytest.approx(expected)
     assert run["continual/task"].tolist() == [0, 0, 0, 1, 1, 1]
     assert run["continual/samples/second"].tolist() == [12] * 4
     assert run.metadata["task_starts"] == {"first": 0, "second": 3}
-    with pytest.raises(dyndiag.DyndiagError, match="started before"):
-        monitor.start_task("first", eval_batches=BATCHES)
-    with pytest.raises(dyndiag.DyndiagError, match="no evaluation batches"):
-        monitor.start_task("third", eval_batches=[])
 
 
 # Bad input: at the door, before anything is touched.
@@ -220,6 +376,7 @@ def test_a_task_switch_is_evaluated_before_and_after(tmp_path: Path) -> None:
         ({"optimizer": sgd(mlp())}, r"updates none of the model's parameters.*model.parameters"),
         ({"probe_batch": (torch.zeros(0, 8), torch.zeros(0))}, r"probe batch is empty"),
         ({"probe_batch": []}, r"probe batch is empty"),
+        ({"probe_batch": DataLoader([1])}, r"one batch, but it is a DataLoader.*next\(iter"),
         ({"budget": 0}, r"budget is .* but it is 0"),
     ],
 )
@@ -229,6 +386,12 @@ def test_refused_at_the_door(tmp_path: Path, change: dict[str, Any], says: str) 
     with pytest.raises(dyndiag.DyndiagError, match=says):
         dyndiag.Monitor(**arguments, run=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_lazy_parameters_are_refused_in_words(tmp_path: Path) -> None:
+    model = nn.LazyLinear(4)
+    with pytest.raises(dyndiag.DyndiagError, match="run one batch through it"):
+        dyndiag.Monitor(model, sgd(model), cross_entropy, run=tmp_path / "run")
 
 
 def test_a_folder_that_is_no_run_is_refused_untouched(tmp_path: Path) -> None:

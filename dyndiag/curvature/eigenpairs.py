@@ -126,7 +126,7 @@ def _satisfied(run: Lanczos, rules: _Rules) -> bool:
     diagonal, couplings = run.diagonal[run.segment :], run.couplings[run.segment :]
     shown = run.ritz(run.segment)[0]
     for sign, edge in rules.edges(values).items():
-        marks = np.append(edge, sign * shown[sign * shown > edge])
+        marks = np.sort(np.append(edge, sign * shown[sign * shown > edge]))
         margins = _margin(marks, rules.certificate_width, rounding)
         if run.exhausted:  # this segment hides copies of what it shows, and nothing else
             if np.any(marks > edge + margins[0]):

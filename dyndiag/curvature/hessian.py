@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from functools import partial, reduce
 from typing import Any, Literal, TypeVar
 
@@ -119,29 +119,40 @@ def hessian(
     batches = _read_once(model, data)
     weights = _weights(batches, reduction, size)
 
-    def parts() -> Iterator[tuple[float, LossHessian]]:
-        _fix_random_streams()
-        for weight, batch in zip(weights, batches, strict=True):
-            yield weight, loss_hessian(partial(loss_fn, model, batch), parameters)
+    def part(batch: Any) -> LossHessian:
+        return loss_hessian(partial(loss_fn, model, batch), parameters)
 
-    with no_trace(model):
-        kept = list(parts()) if len(batches) == 1 else None
-        loss, gradient = 0.0, torch.zeros(())
-        for weight, part in kept or parts():
-            loss += weight * part.loss
-            gradient = gradient + weight * part.gradient
-    # A checkpointed layer runs its forward pass again in every backward pass, which in train mode
-    # may count in its buffers.
-    runs_forward = kept is None or any(module.training for module in model.modules())
+    def total(of: Callable[[LossHessian], Tensor]) -> Tensor:
+        """Σ weight · of(part), with one graph at a time."""
+        with no_trace(model):
+            _fix_random_streams()
+            terms = (w * of(part(batch)) for w, batch in zip(weights, batches, strict=True))
+            return reduce(torch.add, terms)
 
-    def product(v: Tensor) -> Tensor:
-        image = torch.zeros(())
-        with no_trace(model) if runs_forward else nullcontext():
-            for weight, part in kept or parts():
-                image = image + weight * part.product(v)
-        return image
+    if len(batches) == 1:
+        with no_trace(model):
+            _fix_random_streams()
+            whole = part(batches[0])
+        if not any(module.training for module in model.modules()):
+            return whole
 
-    return LossHessian(product, part.size, part.dtype, part.device, loss, gradient)
+        def guarded(v: Tensor) -> Tensor:
+            # A checkpointed layer runs its forward pass again in every backward pass, which in
+            # train mode may count in its buffers.
+            with no_trace(model):
+                return whole.product(v)
+
+        return replace(whole, product=guarded)
+
+    packed = total(lambda h: torch.cat((h.gradient, h.gradient.new_tensor([h.loss]))))
+    return LossHessian(
+        product=lambda v: total(lambda h: h.product(v)),
+        size=len(packed) - 1,
+        dtype=packed.dtype,
+        device=packed.device,
+        loss=packed[-1].item(),
+        gradient=packed[:-1],
+    )
 
 
 def _one_number(loss: Any) -> Tensor:

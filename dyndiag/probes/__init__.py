@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
+from dyndiag import schedule
 from dyndiag.probes.continual import AfterSwitch, ContinualAccuracy
 from dyndiag.probes.curvature import BatchSharpness, Density, Sharpness, Trace
+from dyndiag.probes.forward import unwatched
 from dyndiag.probes.predictions import Predictions
 from dyndiag.probes.stability import RealisedEdge
-from dyndiag.probes.step import Step, StepWatch
+from dyndiag.probes.step import Step, StepWatch, learning_rates
 from dyndiag.schedule import Budget, FixedInterval, Schedule
 from dyndiag.state import Measurements, TrainState
 
@@ -40,7 +42,7 @@ def sampled_probes(share: float) -> tuple[ContinualAccuracy, list[Probe]]:
     return continual, [
         Predictions(FixedInterval(0.1 * share)),
         RealisedEdge(Budget(0.05 * share, gradients=2)),
-        Sharpness(Budget(0.5 * share, gradients=60)),
+        Sharpness(Budget(0.5 * share, gradients=40, advance=0.5 * schedule.GRACE)),
         BatchSharpness(Budget(0.05 * share, gradients=4)),
         Trace(Budget(0.05 * share, gradients=25)),
         Density(Budget(0.05 * share, gradients=250)),
@@ -54,5 +56,7 @@ __all__ = [
     "Probe",
     "Step",
     "StepWatch",
+    "learning_rates",
     "sampled_probes",
+    "unwatched",
 ]

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from dyndiag.batches import ForwardCall
-from dyndiag.probes.forward import Boundary, Hook, is_compiled, unguarded
+from dyndiag.probes.forward import Boundary, Hook, is_compiled, undisturbed, unguarded
 from dyndiag.schedule import Every
 from dyndiag.state import Measurements
 
@@ -32,7 +32,8 @@ class AttentionLogits:
     and all heads, signed. The sampled series takes the first eighth of the sequences (at least
     one): exact for those, a lower bound for the batch. Found without changing the model, in
     `scaled_dot_product_attention`, in `nn.MultiheadAttention`, and in a softmax over scores of
-    shape (…, queries, keys). Not seen: kernels of other packages, compiled modules.
+    shape (…, queries, keys). Not seen: kernels of other packages, compiled modules, and what runs
+    under selective checkpointing.
 
     Cost: the first forward is followed to find the modules; after that one product q kᵀ of the
     sequences taken, in tiles (a read, where the model holds the scores). No host sync.
@@ -60,12 +61,12 @@ class AttentionLogits:
 
     def finished(self, call: ForwardCall, output: Any) -> None:
         self._live = False
-        if self._tracing:
-            for handle in self._tracing:
-                handle.remove()
-            self._tracing = []
+        for handle in self._tracing:
+            handle.remove()
+        self._tracing = []
+        while self._modes:
             self._leave_mode()
-            self._stack.clear()
+        self._stack.clear()
 
     def collect(self) -> Measurements:
         seen: Measurements = {
@@ -118,6 +119,8 @@ class AttentionLogits:
             self._leave_mode()
 
     def _read(self, find: Callable[[], _Scores | None]) -> None:
+        if not undisturbed():
+            return
         with self._boundary("AttentionLogits"):
             scores = find()
             if scores is not None:
@@ -173,7 +176,7 @@ class _Intercept(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        scores = _ATTENTION.get(func)
+        scores = None if torch.compiler.is_compiling() else _ATTENTION.get(func)
         if scores is not None:
             self._read(lambda: scores(*args, **kwargs))
         return func(*args, **kwargs)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sized
+
 import torch
 from torch import Tensor
 
@@ -61,7 +63,7 @@ class ContinualAccuracy:
                 f"a task's name becomes part of its series' name: expected a short text, "
                 f"got {task.name!r}"
             )
-        if not task.eval_batches:
+        if isinstance(task.eval_batches, Sized) and not task.eval_batches:
             raise DyndiagError(
                 f"task {task.name!r} has no evaluation batches: pass a list with at least one, "
                 "as the model takes them"

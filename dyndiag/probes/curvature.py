@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import torch
-from torch import Tensor
 
 from dyndiag.batches import same_data
-from dyndiag.curvature import (
-    Eigenpairs,
-    Operator,
-    eigenpairs,
-    loss_hessian,
-    spectral_density,
-    trace,
-)
-from dyndiag.optimizers import (
-    Unknown,
-    UpdateRule,
-    edge_operator,
-    preconditioned_operator,
-    read_rule,
-)
+from dyndiag.curvature import Operator, loss_hessian, spectral_density, trace
+from dyndiag.curvature.follow import Followed, Follower
+from dyndiag.optimizers import Unknown, edge_operator, preconditioned_operator, read_rule
+from dyndiag.probes.edge_watch import EdgeWatch
 from dyndiag.schedule import Schedule
 from dyndiag.state import Measurements, TrainState
 from dyndiag.values import Estimate
 
 _TOLERANCE = 1e-2
 """Residual over value; with the certificate's 1 % that is what a threshold can be judged by."""
+_PLAIN, _PRECONDITIONED = _SHARPNESS = ("curvature/sharpness", "curvature/preconditioned_sharpness")
+_TWICE = "twice the edge ratio"
 
 
 def can_measure_loss(state: TrainState) -> bool:
@@ -37,17 +30,20 @@ def can_measure_loss(state: TrainState) -> bool:
 class Sharpness:
     """`curvature/sharpness` and, where the update rule is known, `stability/edge_ratio`.
 
-    Sharpness is λ₁ of the probe batch's Hessian, eval mode, over the trainable parameters, by
-    Lanczos with residual bound and certificate. From the live optimizer, at this step's rate and
-    with this step's gradient in its state: `curvature/preconditioned_sharpness` (where its
-    preconditioner is not 1), `stability/threshold` (where one number is), `stability/edge_ratio`
-    (χ; 1 is the edge of stability), `stability/warmup` (1 while a frozen preconditioner does
-    not describe the optimizer yet), `stability/full_batch` (1 if the step was taken on the probe
-    batch itself).
+    Sharpness is λ₁ of the probe batch's Hessian, eval mode, over the trainable parameters, followed
+    from sample to sample. From the live optimizer, at this step's rate and with this step's
+    gradient in its state: `curvature/preconditioned_sharpness` (where its preconditioner is not 1),
+    `stability/threshold` (where one number is), `stability/edge_ratio` (χ; 1 is the edge of
+    stability), `stability/warmup` (1 while a frozen preconditioner does not describe the optimizer
+    yet), `stability/full_batch` (1 if the step was taken on the probe batch itself).
 
-    Cost: one forward and backward and 8–24 Hessian-vector products for each eigenproblem: one
-    for plain SGD, one more with a preconditioner, one more where groups or decays differ.
-    Each starts from the last sample's vector and an equal random part.
+    Most samples are provisional. With residual and certificate come those that `Follower` starts
+    anew (the first, every tenth, one that has risen by a fifth), and every edge ratio that may
+    open, top or close an edge event.
+
+    Cost: one forward and backward, and for each eigenproblem 6–13 Hessian-vector products, 12–24
+    more where certified: one for plain SGD, one more with a preconditioner, one more where groups
+    or decays differ.
     """
 
     name = "Sharpness"
@@ -56,71 +52,71 @@ class Sharpness:
         self.due = due
         self.applies = can_measure_loss
         self.notices: list[str] = []
-        self._generator = torch.Generator().manual_seed(0)
-        self._warm: dict[str, Tensor] = {}
+        generator = torch.Generator().manual_seed(0)
+        self._followers = {name: Follower(generator, _TOLERANCE) for name in (*_SHARPNESS, _TWICE)}
+        self._watch = EdgeWatch()
 
     def measure(self, state: TrainState) -> Measurements:
         state.model.eval()
         hessian = loss_hessian(state.probe_loss, state.parameters)
-        sharpness = self._largest("sharpness", hessian)
-        seen: Measurements = {"curvature/sharpness": sharpness}
         rule = read_rule(state.optimizer, state.parameters, state.learning_rates)
         if isinstance(rule, Unknown):
             self.notices.append(f"no threshold and no edge ratio: {rule.reason}")
-            return seen
+            return {_PLAIN: self._largest(_PLAIN, hessian)}
+        problems: dict[str, Operator] = {_PLAIN: hessian}
         if rule.preconditioned:
-            preconditioned = self._largest("preconditioned", preconditioned_operator(hessian, rule))
-            seen["curvature/preconditioned_sharpness"] = preconditioned
-            seen = seen | self._edge(hessian, rule, preconditioned)
-        else:
-            seen = seen | self._edge(hessian, rule, sharpness)
+            problems[_PRECONDITIONED] = preconditioned_operator(hessian, rule)
+        line, threshold = rule.edge_ratio_line(), rule.threshold()
+        if line is None:  # groups or decays differ: an eigenproblem of its own
+            problems[_TWICE] = edge_operator(hessian, rule)
+        judged = list(problems)[-1]
+        found = {name: self._largest(name, problem) for name, problem in problems.items()}
+
+        def ratio() -> Estimate:
+            slope, offset = line or (0.5, 0.0)
+            mapped = _mapped(found[judged], slope, offset)
+            return mapped if line is None else replace(mapped, products=0)  # paid by the sharpness
+
+        # Of a warm-up, and of what is not finite, no edge ratio is judged.
+        judges = not rule.warmup and math.isfinite(ratio().value)
+        if judges and ratio().provisional and self._watch.decides(ratio().value):
+            found[judged] = self._certified(judged, problems[judged], found[judged])
+        if judges and (ratio().converged or ratio().provisional):
+            self._watch.take(ratio().value, certified=ratio().converged)
+
+        seen: Measurements = {name: found[name] for name in _SHARPNESS if name in found}
+        if threshold is not None:
+            seen["stability/threshold"] = threshold
+        seen["stability/edge_ratio"] = ratio()
         seen["stability/warmup"] = float(rule.warmup)
         seen["stability/full_batch"] = float(same_data(state.batch, state.probe))
         return seen
 
-    def _edge(self, hessian: Operator, rule: UpdateRule, sharpness: Estimate) -> Measurements:
-        line, threshold = rule.edge_ratio_line(), rule.threshold()
-        if line is None or threshold is None:  # groups or decays differ: an eigenproblem of its own
-            twice = self._largest("edge", edge_operator(hessian, rule))
-            return {"stability/edge_ratio": _mapped(twice, 0.5, 0.0, twice.products)}
-        slope, offset = line
-        return {
-            "stability/threshold": threshold,
-            "stability/edge_ratio": _mapped(sharpness, slope, offset, 0),
-        }
+    def _largest(self, name: str, operator: Operator) -> Estimate:
+        return _estimate(self._followers[name].largest(operator))
 
-    def _largest(self, which: str, operator: Operator) -> Estimate:
-        pairs = eigenpairs(
-            operator,
-            start=self._warm.get(which),
-            relative_tolerance=_TOLERANCE,
-            generator=self._generator,
-        )
-        vector = pairs.vectors[0]
-        if bool(vector.isfinite().all()):
-            self._warm[which] = vector.clone()
-        return largest_estimate(pairs)
+    def _certified(self, name: str, operator: Operator, before: Estimate) -> Estimate:
+        found = _estimate(self._followers[name].largest(operator, certify=True))
+        return replace(found, products=found.products + before.products)
 
 
-def largest_estimate(pairs: Eigenpairs) -> Estimate:
-    """The largest eigenvalue of `eigenpairs(…, which="largest")` as an estimate."""
+def _estimate(found: Followed) -> Estimate:
     return Estimate(
-        value=float(pairs.values[0]),
-        error=float(pairs.error_bounds[0]),
-        products=pairs.products,
-        converged=pairs.converged,
-        upper_bound=pairs.upper_bound,
+        value=found.value,
+        error=found.error_bound,
+        products=found.products,
+        converged=found.converged,
+        provisional=found.provisional,
+        upper_bound=found.upper_bound,
     )
 
 
-def _mapped(estimate: Estimate, slope: float, offset: float, products: int) -> Estimate:
+def _mapped(estimate: Estimate, slope: float, offset: float) -> Estimate:
     upper = estimate.upper_bound
-    return Estimate(
+    return replace(
+        estimate,
         value=slope * estimate.value + offset,
         error=slope * estimate.error,
-        products=products,
-        converged=estimate.converged,
-        provisional=estimate.provisional,
         upper_bound=None if upper is None else slope * upper + offset,
     )
 

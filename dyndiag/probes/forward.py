@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -22,11 +22,39 @@ def unguarded(name: str) -> AbstractContextManager[None]:
     return nullcontext()
 
 
+_measurements: list[object] = []  # under way in this process, by whichever monitor
+
+
+@contextmanager
+def unwatched() -> Iterator[None]:
+    """The body's forward passes are a measurement: no watch takes them for the training's."""
+    _measurements.append(None)
+    try:
+        yield
+    finally:
+        _measurements.pop()
+
+
+def undisturbed() -> bool:
+    """Whether operations of ours go unnoticed here.
+
+    Not in a functorch transform or a trace, which they would become a part of, and not under a
+    dispatch mode (selective checkpointing, FLOP counters, fake tensors), which would count them
+    among the model's own.
+    """
+    return not (
+        torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._get_tracing_state() is not None
+    )
+
+
 class Hook:
     """A module hook that copies and pickles as a hook that does nothing.
 
-    A model under watch can still be deep-copied, saved whole or sent to another process; inside
-    compiled code the hook does nothing either, so it breaks no graph.
+    A model under watch can still be deep-copied, saved whole (and loaded where there is no
+    dyndiag) or sent to another process; inside compiled code the hook does nothing either, so it
+    breaks no graph.
     """
 
     def __init__(
@@ -46,8 +74,8 @@ class Hook:
     def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
         return Hook()
 
-    def __reduce__(self) -> tuple[type[Hook], tuple[()]]:
-        return (Hook, ())
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (getattr, (nullcontext(), "__exit__"))  # takes anything, does nothing
 
 
 class Observer(Protocol):
@@ -64,8 +92,9 @@ class ForwardWatch:
     """Tells observers of each forward pass that the training takes, and keeps its batch and loss.
 
     A training's forward is an outermost call of the model (or, where a trainer never calls the
-    model itself, of one of its direct children) with gradients on. Everything that runs while
-    `paused` is not the training's. Cost: two Python calls per forward and direct child.
+    model itself, of one of its direct children) with gradients on. Not the training's are
+    measurements, and forwards in eval mode between steps that are taken in train mode.
+    Cost: two Python calls per forward and direct child.
     """
 
     def __init__(
@@ -75,13 +104,12 @@ class ForwardWatch:
         self._observers = observers
         self._depth = 0
         self._watching = self._whole_seen = False
-        self.paused = False
+        self._trains = self._train_seen = False
         self.step = 0
         self.before: Callable[[], None] | None = None
         """Called when a forward of the training begins."""
-        self.calls: list[ForwardCall] = []
-        self.losses: list[Tensor] = []
-        self.half_precision = False
+        self._last: ForwardCall | None = None
+        self._with_loss: list[tuple[ForwardCall, Tensor]] = []
         self._handles: list[RemovableHandle] = []
         enter, leave = (Hook(call, "ForwardWatch", boundary) for call in (self._enter, self._leave))
         inside = () if is_compiled(model) else model.children()
@@ -93,16 +121,22 @@ class ForwardWatch:
 
     def detach(self) -> None:
         """Take the hooks off the model."""
+        self.collect()
         for handle in self._handles:
             handle.remove()
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._depth += 1
         self._whole_seen |= module is self._model
-        if self._depth > 1 or self.paused or not torch.is_grad_enabled():
+        if self._depth > 1 or _measurements or not torch.is_grad_enabled():
             return
-        if self._whole_seen and module is not self._model:
+        if (self._whole_seen and module is not self._model) or not undisturbed():
             return
+        if (self._trains or self._train_seen) and not self._model.training:
+            return
+        if self._model.training and not self._train_seen:
+            self._forget()  # what came before it was no training
+            self._train_seen = True
         if self.before is not None:
             self.before()
         self._watching = True
@@ -119,32 +153,36 @@ class ForwardWatch:
         call = ForwardCall(args, kwargs)
         for observer in self._observers:
             observer.finished(call, output)
-        if module is self._model:
-            self.calls.append(call)
-            loss = loss_of(output)
+        if module is self._model and output is not None:  # else it has failed
+            self._last, loss = call, loss_of(output)
             if loss is not None:
-                self.losses.append(loss.detach().clone())
-        device = next(module.parameters(), torch.empty(0)).device.type
-        self.half_precision = (
-            torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
-        )
+                self._with_loss.append((call, loss.detach().clone()))
 
     def collect(self) -> tuple[MicroBatches | None, Tensor | None, Measurements]:
         """The batches, loss and signals of the forwards since the last call."""
+        if self._watching:  # a forward was interrupted: Ctrl-C runs no hooks
+            self._depth, self._watching = 0, False
+            for observer in self._observers:
+                observer.finished(ForwardCall(), None)
         batches, loss = None, None
-        if self.calls:
-            weights = _loss_weights(self.calls)
-            batches = MicroBatches(tuple(self.calls), weights)
-            if len(self.losses) == len(self.calls):
-                loss = sum(
-                    (w * part for w, part in zip(weights, self.losses, strict=True)),
-                    start=torch.zeros_like(self.losses[0]),
-                )
+        if self._with_loss:
+            calls = tuple(call for call, _ in self._with_loss)
+            batches = MicroBatches(calls, _loss_weights(calls))
+            parts = zip(batches.weights, self._with_loss, strict=True)
+            loss = torch.stack([weight * part for weight, (_, part) in parts]).sum()
+        elif self._last is not None:
+            batches = MicroBatches((self._last,))
         signals: Measurements = {}
         for observer in self._observers:
             signals |= observer.collect()
-        self.calls, self.losses = [], []
+        self._last, self._with_loss = None, []
+        self._trains, self._train_seen = self._train_seen, False
         return batches, loss, signals
+
+    def _forget(self) -> None:
+        for observer in self._observers:
+            observer.collect()
+        self._last, self._with_loss = None, []
 
 
 def is_compiled(module: nn.Module) -> bool:
@@ -153,7 +191,7 @@ def is_compiled(module: nn.Module) -> bool:
     return wrapped or getattr(module, "_compiled_call_impl", None) is not None
 
 
-def _loss_weights(calls: list[ForwardCall]) -> tuple[float, ...]:
+def _loss_weights(calls: tuple[ForwardCall, ...]) -> tuple[float, ...]:
     # A trainer that tells the model how many tokens the whole step holds gets from each
     # micro-batch its share of the step's mean; all others average the micro-batches' means.
     if all(call.kwargs.get("num_items_in_batch") is not None for call in calls):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from functools import partial
+from types import FrameType
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +25,7 @@ class GradientNorm:
     clipping by norm multiplies by one number) and `gradients/norm_clipped` the one after; if not
     (clipping by value or by group), only `gradients/norm_clipped` is known.
 
-    Under fp16 autocast a loss scaler may have changed the gradients too; then a change in place
-    leaves only `gradients/norm_clipped`.
+    What a loss scaler multiplied the loss by is divided out.
 
     Cost: one read of the gradients, no pass, no host sync.
     """
@@ -43,7 +44,6 @@ class GradientNorm:
         self._changes, self._alike = 0, False
         self._watched = _few_small(self._parameters)
         self._seen: dict[int, tuple[int, Tensor]] = {}
-        self.scaled_loss = False
         hook = Hook(self._accumulated, self.name, boundary)
         self._hooks = [p.register_post_accumulate_grad_hook(hook) for p in self._watched]
 
@@ -70,9 +70,11 @@ class GradientNorm:
         self._seen.clear()
         if shrunk is None:
             return self._series(norms)
-        if not shrunk or self.scaled_loss:
+        if not shrunk:
             return {"gradients/norm_clipped": norms[0]}
         ratios = torch.stack([ratio.to(norms.device) for ratio in shrunk])
+        if grad_scale is None and (unscaled_by := _loss_scale()) is not None:
+            ratios = ratios * unscaled_by.to(norms.device)
         coefficient = ratios.nanmedian()
         if not self._all_shrank_alike(ratios, coefficient):
             return {"gradients/norm_clipped": norms[0]}
@@ -105,6 +107,21 @@ class GradientNorm:
             return None
         norm = partial(torch.linalg.vector_norm, dtype=torch.float64)
         return [norm(p.grad) / norm(self._seen[id(p)][1]) for p in here]
+
+
+def _loss_scale() -> Tensor | None:
+    """The scale of the GradScaler that takes this step; None without one.
+
+    It divides the gradients by the scale before the step, and leaves no mark on them or the
+    optimizer; but the step is taken from inside it.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        scaler = frame.f_locals.get("self") if frame.f_code.co_name == "step" else None
+        if isinstance(scaler, torch.amp.GradScaler):
+            return scaler._scale
+        frame = frame.f_back
+    return None
 
 
 def _few_small(parameters: Sequence[nn.Parameter], count: int = 4) -> list[nn.Parameter]:

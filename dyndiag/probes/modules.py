@@ -45,7 +45,8 @@ class ModuleNorms:
         if not found:
             return torch.full((1 + len(self.modules),), torch.nan, dtype=torch.float64)
         device = found[0].device
-        norms = torch._foreach_norm(found, 2, dtype=torch.float32)
+        double = any(tensor.dtype == torch.float64 for tensor in found)
+        norms = torch._foreach_norm(found, 2, dtype=torch.float64 if double else torch.float32)
         squared = torch.stack([norm.to(device) for norm in norms]).double().square()
         index = self._index_of(present, device)
         total = torch.zeros(1 + len(self.modules), dtype=torch.float64, device=device)
@@ -67,4 +68,5 @@ class ModuleNorms:
 
 
 def _values(tensor: Tensor) -> Tensor:
-    return tensor.coalesce().values() if tensor.is_sparse else tensor
+    tensor = tensor.coalesce().values() if tensor.is_sparse else tensor
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dyndiag.batches import Batch, ForwardCall, LossFunction, MicroBatches
+from dyndiag.batches import Batch, ForwardCall, LossFunction, MicroBatches, check_scalar_loss
 from dyndiag.errors import DyndiagError
 from dyndiag.probes.forward import logits_of
 from dyndiag.schedule import FixedInterval
@@ -136,13 +136,24 @@ def loss_and_logits(
     )
 
 
+def value_without_graph(loss: Callable[[], Tensor]) -> Tensor:
+    """The loss, detached; with a graph meanwhile only if it is itself made of derivatives."""
+    try:
+        with torch.no_grad():
+            return loss().detach()
+    except RuntimeError:
+        with torch.enable_grad():
+            return loss().detach()
+
+
 def _forward(
     model: nn.Module, loss_fn: LossFunction | None, batch: Batch
 ) -> tuple[Tensor | None, Tensor | None]:
     loss: Tensor | None = None
     with _outputs(model) as outputs:
         if loss_fn is not None:
-            loss = loss_fn(model, batch).detach()
+            loss = value_without_graph(lambda: loss_fn(model, batch))
+            check_scalar_loss(loss)
         elif isinstance(batch, ForwardCall):
             model(*batch.args, **batch.kwargs)
         elif isinstance(batch, dict):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from dyndiag.optimizers import Unknown, read_rule
+from dyndiag.probes.predictions import value_without_graph
 from dyndiag.schedule import Schedule
 from dyndiag.state import Measurements, TrainState
 
@@ -42,8 +44,8 @@ class RealisedEdge:
         if isinstance(rule, Unknown) or not rule.warmup:
             return {}
         state.model.eval()
+        after = value_without_graph(state.batch_loss).double()
         with torch.no_grad():
-            after = state.batch_loss().double()
             change = torch._foreach_sub(list(state.weights_before), list(state.parameters))
             for parameter, before in zip(state.parameters, state.weights_before, strict=True):
                 parameter.data.copy_(before)
@@ -56,5 +58,13 @@ class RealisedEdge:
                 if g is not None
             ]
         ).sum()
-        edge = (promised + after - loss.detach().double()) / promised
-        return {"stability/realised_edge": torch.where(promised > 0, edge, torch.nan)}
+        return {"stability/realised_edge": realised_edge(promised, loss.detach().double(), after)}
+
+
+def realised_edge(promised: Tensor, before: Tensor, after: Tensor) -> Tensor:
+    """ζ of a step of which the gradient promised this decrease, from the losses around it.
+
+    >>> realised_edge(*torch.tensor([2.0, 5.0, 3.5]))  # three quarters of what was promised
+    tensor(0.2500)
+    """
+    return torch.where(promised > 0, (promised + after - before) / promised, torch.nan)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +28,12 @@ class Step:
     loss: Tensor | None = None
     weights_before: tuple[Tensor, ...] | None = None
     seen: Measurements = field(default_factory=dict)
+
+
+def learning_rates(optimizer: Optimizer) -> tuple[float, ...]:
+    """Of each parameter group as it is now; NaN for one without."""
+    rates = [group.get("lr") for group in optimizer.param_groups]
+    return tuple(math.nan if rate is None else float(rate) for rate in rates)
 
 
 class StepWatch:
@@ -69,14 +76,6 @@ class StepWatch:
         self._forward.step = step
 
     @property
-    def paused(self) -> bool:
-        return self._forward.paused
-
-    @paused.setter
-    def paused(self, paused: bool) -> None:
-        self._forward.paused = paused
-
-    @property
     def pending(self) -> bool:
         """Whether a step was taken that nobody has asked for yet."""
         return self._taken is not None
@@ -85,9 +84,10 @@ class StepWatch:
         """The step taken since the last call; None if the optimizer has not stepped."""
         taken, self._taken = self._taken, None
         if taken is None:
-            batch, loss, seen = self._forward.collect()
-            if batch is not None or loss is not None:
-                return Step(batch=batch, loss=loss, seen=seen | {"train/skipped": 1.0})
+            with self._boundary("StepWatch"):
+                batch, loss, seen = self._forward.collect()
+                if batch is not None:
+                    taken = Step(batch=batch, loss=loss, seen=seen | {"train/skipped": 1.0})
         return taken
 
     def detach(self) -> None:
@@ -102,7 +102,7 @@ class StepWatch:
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         with self._boundary("StepWatch"):
             self._begins(True)
-            step = Step(tuple(float(group["lr"]) for group in optimizer.param_groups))
+            step = Step(learning_rates(optimizer))
             self._step = step
             if self._parameters and self._updates.due.due(self.step):
                 step.weights_before = UpdateRatio.before(self._parameters)
@@ -112,7 +112,6 @@ class StepWatch:
 
     def _read_gradients(self, optimizer: Optimizer, step: Step) -> None:
         if self._gradients is not None:
-            self._gradients.scaled_loss = self._forward.half_precision
             scale = getattr(optimizer, "grad_scale", None)
             step.seen |= self._gradients.measure(scale if isinstance(scale, Tensor) else None)
 

@@ -21,6 +21,11 @@ from dyndiag.callbacks.lightning import DyndiagCallback  # noqa: E402
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
 
+@pytest.fixture(autouse=True)
+def _seen_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dyndiag.schedule.GRACE", 1e9)
+
+
 class Module(lightning.LightningModule):  # type: ignore[misc]
     """An MLP with dropout whose training_step logs, counts and calls a part of the module."""
 

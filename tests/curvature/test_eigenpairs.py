@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy.stats import binom
 from torch import Tensor
 
-from dyndiag.curvature import Eigenpairs, Operator, Outcome, eigenpairs
+from dyndiag.curvature import Eigenpairs, Operator, Outcome, eigenpairs, negated
 from dyndiag.curvature.eigenpairs import _Rules, _satisfied
 from dyndiag.curvature.lanczos import Lanczos
 from dyndiag.errors import DyndiagError
@@ -155,20 +155,31 @@ class TestBounds:
         assert wrong[0.01] <= 4  # P(more than 4 of 300, at a risk of 1e-3) = 2e-5
         assert wrong[math.inf] > 15
 
-    def test_nothing_hides_between_the_values(self):
+    @pytest.mark.parametrize(("which", "sign"), [("largest", 1), ("smallest", -1)])
+    def test_nothing_hides_between_the_values(self, which, sign):
         """A start with next to nothing on 3 finds 4 and 2 first: it must not stop there."""
-        operator = of_diagonal(np.r_[np.linspace(-0.1, 0.1, 97), 2.0, 3.0, 4.0])
+        operator = of_diagonal(sign * np.r_[np.linspace(-0.1, 0.1, 97), 2.0, 3.0, 4.0])
         start = torch.ones(100).double()
         start[-2] = 1e-6
-        rules = _Rules(2, "largest", 1e-3, 0.2, need=1e15)  # 3 weighs 1e-14: it can be seen
+        rules = _Rules(2, which, 1e-3, 0.2, need=1e15)  # 3 weighs 1e-14: it can be seen
         run, looked_done = Lanczos(operator, start), False
         for _ in range(2):
             run.extend()
         while not _satisfied(run, rules):
-            looked_done |= np.abs(run.ritz()[0][-2:] - [2, 4]).max() < 1e-6
+            looked_done |= np.abs(np.sort(sign * run.ritz()[0])[-2:] - [2, 4]).max() < 1e-6
             run.extend()
         assert looked_done
-        np.testing.assert_allclose(run.ritz()[0][-2:], [3, 4], rtol=1e-3)
+        np.testing.assert_allclose(np.sort(sign * run.ritz()[0])[-2:], [3, 4], rtol=1e-3)
+
+    @pytest.mark.parametrize("k", [2, 3, 5])
+    @pytest.mark.parametrize("name", SPECTRA)
+    def test_the_smallest_are_the_largest_mirrored(self, name, k):
+        operator = of_diagonal(SPECTRA[name])
+        one = eigenpairs(operator, k, relative_tolerance=0.1)
+        other = eigenpairs(negated(operator), k, which="smallest", relative_tolerance=0.1)
+        assert one.products == other.products
+        torch.testing.assert_close(other.values, -one.values)
+        assert other.lower_bound == pytest.approx(-one.upper_bound)
 
     def test_out_of_products_it_says_so_and_by_how_much(self):
         operator = of_diagonal(SPECTRA["pair 4.9/5.0 over a bulk"])

@@ -45,7 +45,7 @@ def everything(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, 
 def seen_often(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Every probe at nearly every step: a budget that is never short."""
     with monkeypatch.context() as patch:
-        patch.setattr("dyndiag.sampling.GRACE", 1e9)
+        patch.setattr("dyndiag.schedule.GRACE", 1e9)
         yield
 
 
@@ -217,3 +217,95 @@ def test_state_that_a_module_keeps_by_itself_is_put_back(tmp_path: Path) -> None
             monitor.step(batch=batch)
     assert model.calls == len(model.seen) == 5
     assert model.total.item() == pytest.approx(5 * batch[0].sum().item(), rel=1e-5)
+
+
+def gan(folder: Path | None, told: bool) -> list[dict[str, bytes]]:
+    """Two networks that meet in both losses, each under a monitor of its own."""
+    for seed in (torch.manual_seed, random.seed, np.random.seed):
+        seed(0)
+    maker = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 8))
+    judge = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout(0.2), nn.Linear(8, 1))
+    entropy = nn.functional.binary_cross_entropy_with_logits
+
+    def judges(model: nn.Module, batch: Any) -> Tensor:
+        real, noise = batch
+        fake = model(maker(noise).detach())
+        return entropy(model(real), torch.ones(6, 1)) + entropy(fake, torch.zeros(6, 1))
+
+    def makes(model: nn.Module, batch: Any) -> Tensor:
+        return entropy(judge(model(batch)), torch.ones(6, 1))
+
+    data = [x for x, _ in batches("mlp", 4)]
+    optimizers = [torch.optim.Adam(m.parameters(), lr=1e-2) for m in (judge, maker)]
+    monitors = []
+    if folder is not None:
+        probes = [(data[0], torch.zeros(6, 4)), torch.zeros(6, 4)]
+        sides = zip((judge, maker), optimizers, (judges, makes), probes, strict=True)
+        monitors = [
+            dyndiag.Monitor(m, o, loss_fn, run=folder / loss_fn.__name__, probe_batch=probe)
+            for m, o, loss_fn, probe in sides
+        ]
+    for step in range(12):
+        noise = torch.randn(6, 4)
+        for i in range(2):
+            loss = makes(maker, noise) if i else judges(judge, (data[step % 4], noise))
+            optimizers[i].zero_grad()
+            loss.backward()
+            optimizers[i].step()
+            if monitors and told:
+                monitors[i].step(loss=loss)
+    for monitor in monitors:
+        monitor.close()
+    return [everything(m, o) for m, o in zip((judge, maker), optimizers, strict=True)]
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_two_networks_under_two_monitors(
+    told: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = gan(None, told)
+    with seen_often(monkeypatch):
+        assert gan(tmp_path, told) == alone
+    for name in ("judges", "makes"):
+        run = dyndiag.Run(tmp_path / name)
+        assert run["gradients/norm"].index.tolist() == list(range(12))
+        assert len(run["curvature/sharpness"]) >= 5
+        assert "train/skipped" not in run.names
+
+
+def test_an_interrupted_measurement_is_undone_and_the_next_step_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = 0
+
+    def interrupted(model: nn.Module, batch: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            torch.rand(3)
+            model.train(not model.training)
+            raise KeyboardInterrupt
+        return cross_entropy(model, batch)
+
+    model = model_of("conv")
+    optimizer = torch.optim.AdamW(model.parameters())
+    batch = batches("conv", 1)[0]
+    interrupts = 0
+    with (
+        seen_often(monkeypatch),
+        dyndiag.Monitor(model, optimizer, interrupted, run=tmp_path / "run") as monitor,
+    ):
+        for _ in range(4):
+            loss = cross_entropy(model, batch)
+            loss.backward()
+            optimizer.step()
+            before = everything(model, optimizer)
+            try:
+                monitor.step(loss=loss, batch=batch)
+            except KeyboardInterrupt:
+                interrupts += 1
+            assert everything(model, optimizer) == before
+    assert interrupts == 1
+    run = dyndiag.Run(tmp_path / "run")
+    assert run["train/loss"].index.tolist() == [0, 1, 2, 3]
+    assert run["logits/max"].index.tolist() == [0, 1, 2, 3]

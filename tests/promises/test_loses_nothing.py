@@ -41,7 +41,7 @@ def train_until_killed(folder: Path, tell: int) -> None:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks a warm parent to be quick")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_killed_at_random_moments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dyndiag.sampling.GRACE", 0.05)  # many steps in little time
+    monkeypatch.setattr("dyndiag.schedule.GRACE", 0.05)  # many steps in little time
     warm = tmp_path / "warm"
     model = mlp()
     with dyndiag.Monitor(model, torch.optim.SGD(model.parameters(), 0.1), run=warm) as monitor:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import gc
+import warnings
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import dyndiag
 from dyndiag.probes.continual import AfterSwitch
 from dyndiag.schedule import Budget, FixedInterval, Schedule, credited
+from tests.models import batches, cross_entropy, mlp
 
 COSTS = st.lists(st.floats(0.001, 0.5), min_size=1, max_size=40)
 SHARES = st.floats(0.005, 0.5)
@@ -113,3 +119,34 @@ def test_after_a_switch_every_step_is_evaluated() -> None:
     assert [step for step in steps if 300 <= step < 350] == list(range(300, 350))
     between = [step for step in steps if 100 < step < 300]
     assert all(b - a >= 11 for a, b in pairwise(between))
+
+
+def test_nothing_piles_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many tensors and objects alive after 600 steps as after 300."""
+    monkeypatch.setattr("dyndiag.schedule.GRACE", 0.2)
+    model = mlp()
+    optimizer = torch.optim.Rprop(model.parameters(), lr=1e-3)  # unknown: said at every sample
+    data = batches("mlp", 7)
+
+    def alive(monitor: dyndiag.Monitor) -> tuple[int, int]:
+        for step in range(300):
+            loss = cross_entropy(model, data[step % 7])
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            monitor.step(loss=loss, batch=data[step % 7])
+        del loss
+        monitor.flush()
+        gc.collect()
+        objects = gc.get_objects()
+        return sum(type(item) is torch.Tensor for item in objects), len(objects)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", dyndiag.DyndiagWarning)
+        with dyndiag.Monitor(
+            model, optimizer, cross_entropy, run=tmp_path / "run", tensorboard=False
+        ) as monitor:
+            alive(monitor)
+            (tensors, objects), (more_tensors, more_objects) = alive(monitor), alive(monitor)
+    assert more_tensors <= tensors
+    assert more_objects - objects < 300  # less than one a step

@@ -74,10 +74,11 @@ def folded(events: Sequence[Event], c: Contents) -> list[Told]:
     """Each event with those told inside it, which are no findings of their own.
 
     Jumps of the loss that came back, within a stay at the edge, unless they were more than tenfold
-    (the usual ones are smaller, and what stands above is worth a finding whatever its cause); those at a switch of tasks, within
-    a stability gap; and the jumps with which a divergence begins. A divergence that is a loss
-    become NaN is told with the first non-finite value, or the other way round where the loss had
-    left long before. Probes that fail on non-finite values are told with these.
+    (what stands so far above the usual ones is worth a finding whatever its cause); those at a
+    switch of tasks, within a stability gap; and the jumps with which a divergence begins. A
+    divergence that is a loss become NaN is told with the first non-finite value, or the other way
+    round where the loss had left long before. Probes that fail on non-finite values are told with
+    these.
     """
     inside: dict[int, list[Event]] = {}
     for event in events:
