@@ -81,7 +81,7 @@ def _put_back(restores: list[Restore]) -> None:
         while restores:
             restores.pop()()
     finally:
-        if False:  # one of them has raised: the others all the same
+        if restores:  # one of them has raised: the others all the same
             _put_back(restores)
 
 

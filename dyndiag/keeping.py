@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -41,7 +40,7 @@ class Keeper:
             self._writer.replace_events(list(events.values()))
         self._sinks: list[Sink] = [TensorBoard(folder / "tensorboard")] if tensorboard else []
         self._waiting: list[tuple[Row, list[Event]]] = []
-        self._closed, self._process = False, os.getpid()
+        self._closed = False
 
     @property
     def detector_parameters(self) -> dict[str, dict[str, float]]:
@@ -50,7 +49,7 @@ class Keeper:
 
     def keep(self, rows: list[Row], metadata: Mapping[str, Any]) -> int:
         """Judge, write and show rows in step order; the number that could not be written."""
-        if self._closed or os.getpid() != self._process:  # a forked process must not write here
+        if self._closed:
             return len(self._waiting) + len(rows)
         for step, values in rows:
             self._waiting.append(((step, values), self._judge(step, values)))
@@ -66,8 +65,6 @@ class Keeper:
 
     def close(self) -> None:
         """Close the store and the sinks."""
-        if self._closed or os.getpid() != self._process:
-            return
         self._closed = True
         with self._boundary("Store"):
             self._writer.close()

@@ -125,8 +125,9 @@ def test_one_failure_or_interrupt_keeps_nothing_from_being_put_back(
     put_back, calls = guard._put_back_dict, []
 
     def disturbed(*args: Any) -> None:
-        calls.append(args)
-        if len(calls) == 5:
+        is_module = "training" in args[1]
+        calls.append(is_module)
+        if is_module and calls.count(True) == 1:
             if not interrupt:
                 raise RuntimeError("lost one")
             os.kill(os.getpid(), signal.SIGINT)
@@ -139,7 +140,7 @@ def test_one_failure_or_interrupt_keeps_nothing_from_being_put_back(
             with torch.no_grad():
                 model[0].weight.mul_(2)
             model[1].running_mean.add_(1)
-    assert len(calls) > 10
+    assert calls.count(True) == 3
     assert torch.equal(model[0].weight, weight)
     assert model[1].running_mean.tolist() == [0, 0]
     if interrupt:

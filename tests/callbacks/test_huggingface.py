@@ -74,7 +74,7 @@ def train(
 @pytest.fixture(autouse=True)
 def _quiet_and_seen_often(monkeypatch: pytest.MonkeyPatch) -> None:
     transformers.utils.logging.set_verbosity_error()
-    monkeypatch.setattr("dyndiag.schedule.GRACE", 1e9)
+    monkeypatch.setattr("dyndiag.schedule.GRACE", 20.0)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])

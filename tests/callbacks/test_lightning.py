@@ -23,7 +23,7 @@ logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
 @pytest.fixture(autouse=True)
 def _seen_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dyndiag.schedule.GRACE", 1e9)
+    monkeypatch.setattr("dyndiag.schedule.GRACE", 20.0)
 
 
 class Module(lightning.LightningModule):  # type: ignore[misc]

@@ -45,7 +45,7 @@ def everything(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, 
 def seen_often(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Every probe at nearly every step: a budget that is never short."""
     with monkeypatch.context() as patch:
-        patch.setattr("dyndiag.schedule.GRACE", 1e9)
+        patch.setattr("dyndiag.schedule.GRACE", 20.0)
         yield
 
 

@@ -1,0 +1,90 @@
+"""Measurements are timed, guarded and told of, and cost nothing but time."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from dyndiag.boundary import Boundary, DyndiagWarning
+from dyndiag.probes.forward import ForwardWatch
+from dyndiag.probes.logits import OutputLogits
+from dyndiag.sampling import Sampler
+from dyndiag.schedule import Every
+from dyndiag.state import Measurements, TrainState
+from dyndiag.values import Estimate
+from tests.models import mlp
+
+
+class Probe:
+    name = "Probe"
+
+    def __init__(self, measure: Callable[[torch.nn.Module], Measurements]) -> None:
+        self.due = Every(1)
+        self.notices: list[str] = []
+        self._measure = measure
+
+    def applies(self, state: TrainState) -> bool:
+        return True
+
+    def measure(self, state: TrainState) -> Measurements:
+        self.notices.append("half a result")
+        return self._measure(state.model)
+
+
+class Setting:
+    def __init__(self, measure: Callable[[torch.nn.Module], Measurements]) -> None:
+        self.model, self.boundary = mlp(), Boundary()
+        self.watch = ForwardWatch(self.model, [OutputLogits()])
+        optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
+        self.probe = Probe(measure)
+        self.sampler = Sampler([self.probe], 0.05, self.model, optimizer, None, self.boundary)
+        self.state = TrainState(0, self.model, optimizer, (), ())
+        self.kept: list[Any] = []
+
+    def sample(self) -> None:
+        self.sampler.measure_due(self.state, self.kept.append)
+
+
+def looks(model: torch.nn.Module) -> Measurements:
+    model.eval()
+    top = model(torch.full((1, 8), 100.0)).max()
+    return {"a/top": top, "a/edge": Estimate(1.0, products=7)}
+
+
+def test_a_measurement_is_no_forward_of_the_training_and_leaves_its_mode() -> None:
+    setting = Setting(looks)
+    with pytest.warns(DyndiagWarning, match="half a result"):
+        setting.sample()
+    assert setting.watch.collect() == (None, None, {})
+    assert setting.model.training
+    (kept,) = setting.kept
+    assert set(kept) == {"a/top", "a/edge"}
+
+
+def test_costs_are_added_up_and_notices_told_once_and_let_go() -> None:
+    setting = Setting(looks)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            setting.sample()
+    assert len(told) == 1
+    assert setting.probe.notices == []
+    cost = setting.sampler.cost["Probe"]
+    assert (cost["samples"], cost["products"]) == (3, 21)
+    assert 0 < cost["seconds"] < 10
+
+
+@pytest.mark.filterwarnings("ignore:dyndiag")
+def test_a_probe_that_fails_is_counted_and_gives_nothing() -> None:
+    def fails(model: torch.nn.Module) -> Measurements:
+        raise RuntimeError("boom")
+
+    setting = Setting(fails)
+    setting.sample()
+    assert setting.boundary.failures == {"Probe": 1}
+    assert setting.kept == [{}]
+    assert setting.sampler.cost == {}
