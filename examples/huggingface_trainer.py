@@ -1,6 +1,6 @@
 """One line in a Hugging Face Trainer.
 
-    python examples/huggingface_trainer.py [FOLDER]        (needs dyndiag[huggingface])
+python examples/huggingface_trainer.py [FOLDER]        (needs dyndiag[huggingface])
 """
 
 import sys

@@ -1,6 +1,6 @@
 """One line in a Lightning Trainer.
 
-    python examples/lightning_trainer.py [FOLDER]        (needs dyndiag[lightning])
+python examples/lightning_trainer.py [FOLDER]        (needs dyndiag[lightning])
 """
 
 import sys

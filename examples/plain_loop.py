@@ -1,6 +1,6 @@
 """The monitor in a training loop of your own.
 
-    python examples/plain_loop.py [FOLDER]
+python examples/plain_loop.py [FOLDER]
 """
 
 import sys
