@@ -60,8 +60,8 @@ class Budget:
     """As often as a share of training time allows, at odd intervals.
 
     A sample is taken once what has been saved up pays for it, so that more than the share has
-    never been spent, but for errors in foreseeing a sample's cost: that of the last one, and of
-    the first `gradients` times the quickest step. That first sample may be taken in advance, if it
+    never been spent, but for errors in foreseeing a sample's cost: a running mean, and for the
+    first `gradients` times the quickest step. That first sample may be taken in advance, if it
     costs at most `advance` seconds. A pause leads to no burst: at most eight samples' worth is
     kept.
     """
@@ -88,7 +88,10 @@ class Budget:
         return self._saved >= self._cost
 
     def paid(self, step: int, seconds: float) -> None:
-        self._last, self._cost = step, seconds
+        # The mean: a certified sample costs several provisional ones, and the last one's cost
+        # alone would make samples come in bursts.
+        self._cost = seconds if self._last is None else 0.8 * self._cost + 0.2 * seconds
+        self._last = step
         self._saved -= seconds
 
 
