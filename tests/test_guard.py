@@ -7,6 +7,7 @@ import os
 import random
 import signal
 from collections import deque
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -116,6 +117,15 @@ def test_what_the_loss_function_works_with_is_put_back(loss_fn: Any) -> None:
     assert NORM.num_batches_tracked == 0
 
 
+@pytest.fixture
+def _ctrl_c_interrupts() -> Iterator[None]:
+    """Also where a shell has started the tests in the background, and Ctrl-C is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_ctrl_c_interrupts")
 @pytest.mark.parametrize("interrupt", [False, True])
 def test_one_failure_or_interrupt_keeps_nothing_from_being_put_back(
     interrupt: bool, monkeypatch: pytest.MonkeyPatch

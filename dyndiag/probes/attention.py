@@ -40,7 +40,7 @@ class AttentionLogits:
     """
 
     def __init__(self, model: nn.Module, boundary: Boundary = unguarded) -> None:
-        self._boundary = boundary
+        self._boundary, self._model = boundary, model
         self._names = {module: name or "model" for name, module in model.named_modules()}
         self._full_due = Every(11)
         self._full = False
@@ -85,6 +85,7 @@ class AttentionLogits:
     def _trace(self) -> None:
         """Follow one forward with a stack of its modules, to learn which of them attend."""
         self._traces_left -= 1
+        self._stack.append(self._model)  # whose own pre-hooks have run
         module_hooks = torch.nn.modules.module
         self._tracing = [
             module_hooks.register_module_forward_pre_hook(self._push),
@@ -195,12 +196,13 @@ def _of_dot_product(
     if query.dim() < 3 or query.is_nested:
         return None
     factor = scale if scale is not None else 1 / math.sqrt(query.shape[-1])
-    query, key = query.detach(), key.detach()
-    if key.dim() > 3 and key.shape[-3] != query.shape[-3]:  # grouped-query attention
-        key = key.repeat_interleave(query.shape[-3] // key.shape[-3], dim=-3)
+    groups = query.shape[-3] // key.shape[-3] if query.dim() > 3 else 1
 
     def tiles(count: int) -> Iterable[Tensor]:
-        q, k = query[:count].flatten(0, -3), key[:count].flatten(0, -3).transpose(-2, -1)
+        q, k = query[:count].flatten(0, -3), key[:count]
+        if groups > 1:  # grouped-query attention
+            k = k.repeat_interleave(groups, dim=-3)
+        k = k.flatten(0, -3).transpose(-2, -1)
         rows = max(1, _TILE // max(1, q.shape[0] * k.shape[-1]))
         for first in range(0, q.shape[-2], rows):
             part = q[:, first : first + rows]

@@ -41,6 +41,7 @@ class GradientNorm:
         self._parameters = tuple(parameters)
         self._owners = module_names(names)
         self._norms = ModuleNorms(names)
+        self._all_names = ("gradients/norm", *(f"gradients/norm/{m}" for m in self._norms.modules))
         self._changes, self._alike = 0, False
         self._watched = _few_small(self._parameters)
         self._seen: dict[int, tuple[int, Tensor]] = {}
@@ -94,7 +95,7 @@ class GradientNorm:
         present = {module for module, p in owners if p.grad is not None}
         modules = self._norms.modules
         if len(present) == len(modules):
-            return {("gradients/norm", *(f"gradients/norm/{module}" for module in modules)): norms}
+            return {self._all_names: norms}
         kept = [i for i, module in enumerate(modules, 1) if module in present]
         names = ("gradients/norm", *(f"gradients/norm/{modules[i - 1]}" for i in kept))
         return {names: norms[[0, *kept]]}

@@ -47,7 +47,9 @@ class ModuleNorms:
         device = found[0].device
         double = any(tensor.dtype == torch.float64 for tensor in found)
         norms = torch._foreach_norm(found, 2, dtype=torch.float64 if double else torch.float32)
-        squared = torch.stack([norm.to(device) for norm in norms]).double().square()
+        if any(norm.device != device for norm in norms):
+            norms = tuple(norm.to(device) for norm in norms)
+        squared = torch.stack(norms).double().square()
         index = self._index_of(present, device)
         total = torch.zeros(1 + len(self.modules), dtype=torch.float64, device=device)
         total.index_add_(0, index, squared)

@@ -220,3 +220,39 @@ def test_a_model_saved_under_watch_loads_where_there_is_no_dyndiag(tmp_path: Pat
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert "[1, 4]" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_grouped_queries_and_given_masks(masked: bool) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.kv = nn.Linear(16, 16), nn.Linear(16, 16)
+
+        def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            q = self.q(x).unflatten(-1, (4, 4)).transpose(1, 2)
+            k, v = self.kv(x).unflatten(-1, (4, 4)).transpose(1, 2).chunk(2, dim=1)
+            return q, k, v
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = self.heads(x)
+            y = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask if masked else None, enable_gqa=True
+            )
+            return y.transpose(1, 2).flatten(2)
+
+    torch.manual_seed(0)
+    model, x = Model(), torch.randn(9, 5, 16)
+    mask = torch.rand(9, 1, 5, 5) > 0.4
+    with torch.no_grad():
+        q, k, _ = model.heads(x)
+        z = q @ k.repeat_interleave(2, dim=1).transpose(-2, -1) / 2
+    if masked:
+        z = z.masked_fill(~mask, -torch.inf)
+    attention = AttentionLogits(model)
+    watch = ForwardWatch(model, [attention])
+    model(x).sum().backward()
+    _, _, seen = watch.collect()
+    assert seen["attention/logit_max/model"].item() == pytest.approx(z.max().item(), rel=1e-5)
+    sampled = seen["attention/logit_max_sampled/model"].item()
+    assert sampled == pytest.approx(z[:2].max().item(), rel=1e-5)
