@@ -34,7 +34,8 @@ Trainer(
     model=model,
     args=arguments,
     train_dataset=[{"input_ids": row, "labels": row} for row in rows],
-    callbacks=[DyndiagCallback(run=f"{folder}/run")],
+    # Forty steps of a toy: a look at its curvature may take as long as the training.
+    callbacks=[DyndiagCallback(run=f"{folder}/run", budget=1.0)],
 ).train()
 
 print(dyndiag.report(f"{folder}/run"))
