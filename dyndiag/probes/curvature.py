@@ -177,7 +177,7 @@ class Density:
 
     An array (3, points): grid, mean density, half the spread between probes; and
     `curvature/density_nodes` (2, nodes): eigenvalue and mass. Cost: one gradient and
-    4 · 30 products, at log-spaced steps, when its share of the budget has paid for it.
+    4 · 30 products, whenever its share of the budget has paid for it.
     """
 
     name = "Density"
