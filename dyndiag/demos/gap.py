@@ -42,7 +42,7 @@ def train(folder: Path, progress: Progress) -> None:
         rows = train_rows[torch.randint(len(train_rows), (count,), generator=draw)]
         return source[rows], labels[rows]
 
-    with Monitor(model, optimizer, cross_entropy, run=folder, budget=3.0) as monitor:
+    with Monitor(model, optimizer, cross_entropy, run=folder, budget=10.0) as monitor:
         for task, source in enumerate((images, turned)):
             name = ("upright", "turned")[task]
             monitor.start_task(name, eval_batches=[(source[test_rows], labels[test_rows])])
