@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ class Operator:
     size: int
     dtype: torch.dtype
     device: torch.device
+    parts: Mapping[str, slice] = field(default_factory=dict, kw_only=True)
+    """Parameter name → where it stands in a vector; empty where there are no parameters."""
 
 
 def scaled(operator: Operator, root: Tensor, shift: Tensor | None = None) -> Operator:
