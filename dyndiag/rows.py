@@ -39,8 +39,10 @@ class Rows:
 
     def _add_tensor(self, step: int, names: tuple[str, ...], value: Tensor) -> None:
         if value.device.type == "cpu":  # nothing to wait for, and the user may overwrite it
-            numbers = value.double().reshape(-1).tolist()
-            self._rows[step].update(zip(names, numbers, strict=True))
+            if len(names) == 1:
+                self._rows[step][names[0]] = float(value)
+            else:
+                self._rows[step].update(zip(names, value.double().tolist(), strict=True))
         else:
             self._waiting.append((step, names, value.clone()))
 

@@ -51,6 +51,7 @@ class AttentionLogits:
         self._tracing: list[Any] = []
         self._stack: list[nn.Module] = []
         self._modes: list[_Intercept] = []
+        self._waiting: list[tuple[nn.Module, _Scores]] = []
         self._seen: dict[tuple[bool, nn.Module], Tensor] = {}
 
     def started(self, step: int) -> None:
@@ -59,8 +60,16 @@ class AttentionLogits:
         if self._traces_left and not self._found:
             self._trace()
 
+    @torch.no_grad()
     def finished(self, call: ForwardCall, output: Any) -> None:
         self._live = False
+        waiting, self._waiting = self._waiting, []
+        if output is not None:  # else the forward has failed
+            # One after another, the products find their code and its tables in the cache: that is
+            # twice as fast as in the midst of the model's own work.
+            with self._boundary("AttentionLogits"):
+                for module, scores in waiting:
+                    self._keep(module, scores)
         for handle in self._tracing:
             handle.remove()
         self._tracing = []
@@ -140,14 +149,26 @@ class AttentionLogits:
                     Hook(self._leave, "AttentionLogits", self._boundary), always_call=True
                 ),
             ]
-        with torch.no_grad():
-            self._keep(False, module, scores.max(of=math.ceil(scores.sequences / 8)))
-            if self._full:
-                self._keep(True, module, scores.max(of=scores.sequences))
+        if scores.stay and torch.is_grad_enabled() and not _backward_recomputes():
+            self._waiting.append((module, scores))
+        else:
+            with torch.no_grad():
+                self._keep(module, scores)
 
-    def _keep(self, full: bool, module: nn.Module, highest: Tensor) -> None:
+    def _keep(self, module: nn.Module, scores: _Scores) -> None:
+        self._raise(False, module, scores.max(of=math.ceil(scores.sequences / 8)))
+        if self._full:
+            self._raise(True, module, scores.max(of=scores.sequences))
+
+    def _raise(self, full: bool, module: nn.Module, highest: Tensor) -> None:
         before = self._seen.get((full, module))
         self._seen[full, module] = highest if before is None else torch.maximum(before, highest)
+
+
+def _backward_recomputes() -> bool:
+    """Whether checkpointing is at work, so that a forward's tensors do not wait for the backward
+    pass: keeping them would cost the memory that it saves."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 class _Scores:
@@ -157,13 +178,18 @@ class _Scores:
         self,
         sequences: int,
         tiles: Callable[[int], Iterable[Tensor]],
+        *,
+        stay: bool = False,
     ) -> None:
+        """`stay`: what they are made from is kept, unchanged, for the backward pass."""
         self.sequences = sequences
+        self.stay = stay
         self._tiles = tiles
 
     def max(self, of: int) -> Tensor:
         """Largest unmasked score of the first `of` sequences, 0-d."""
-        return torch.stack([tile.amax() for tile in self._tiles(of)]).amax()
+        highest = [tile.amax() for tile in self._tiles(of)]
+        return highest[0] if len(highest) == 1 else torch.stack(highest).amax()
 
 
 class _Intercept(TorchFunctionMode):
@@ -199,42 +225,50 @@ def _of_dot_product(
     groups = query.shape[-3] // key.shape[-3] if query.dim() > 3 else 1
 
     def tiles(count: int) -> Iterable[Tensor]:
-        q, k = query[:count].flatten(0, -3), key[:count]
-        if groups > 1:  # grouped-query attention
-            k = k.repeat_interleave(groups, dim=-3)
-        k = k.flatten(0, -3).transpose(-2, -1)
-        rows = max(1, _TILE // max(1, q.shape[0] * k.shape[-1]))
-        for first in range(0, q.shape[-2], rows):
-            part = q[:, first : first + rows]
-            bias = _causal(first, part.shape[-2], k.shape[-1], q) if is_causal else q.new_zeros(())
-            # One call for product, scale and mask: on small batches calls are what costs.
-            z = torch.baddbmm(bias, part, k, alpha=factor)
-            yield (
-                z
-                if attn_mask is None
-                else _masked(z.unflatten(0, query[:count].shape[:-2]), attn_mask, first, count)
-            )
+        # Of a few sequences, each alone: strided heads need no copy then.
+        taken = range(count) if count <= 2 else (slice(count),)
+        for sequences in taken:
+            q, k = query[sequences], key[sequences]
+            if groups > 1:  # grouped-query attention
+                k = k.repeat_interleave(groups, dim=-3)
+            leading = q.shape[:-2]
+            if len(leading) != 1:
+                q, k = q.reshape(-1, *q.shape[-2:]), k.reshape(-1, *k.shape[-2:])
+            k = k.transpose(-2, -1)
+            length = q.shape[-2]
+            rows = max(1, _TILE // max(1, q.shape[0] * k.shape[-1]))
+            for first in range(0, length, rows):
+                part = q if rows >= length else q[:, first : first + rows]
+                bias = _bias(first, part.shape[-2], k.shape[-1], q.dtype, q.device, is_causal)
+                # One call for product, scale and mask: on small batches calls are what costs.
+                z = torch.baddbmm(bias, part, k, alpha=factor)
+                yield (
+                    z
+                    if attn_mask is None
+                    else _masked(z.unflatten(0, leading), attn_mask, first, sequences)
+                )
 
-    return _Scores(query.shape[0], tiles)
+    saved = query.requires_grad and key.requires_grad and attn_mask is None
+    return _Scores(query.shape[0], tiles, stay=saved)
 
 
 @lru_cache(maxsize=8)
-def _causal_bias(
-    first: int, rows: int, columns: int, dtype: torch.dtype, device: torch.device
+def _bias(
+    first: int, rows: int, columns: int, dtype: torch.dtype, device: torch.device, causal: bool
 ) -> Tensor:
+    """−inf where the key comes after the query, else 0; shape (rows, columns), or () of 0."""
+    if not causal:
+        return torch.zeros((), dtype=dtype, device=device)
     row = torch.arange(first, first + rows, device=device)[:, None]
     hidden = torch.arange(columns, device=device) > row
     return torch.zeros(rows, columns, dtype=dtype, device=device).masked_fill(hidden, -torch.inf)
 
 
-def _causal(first: int, rows: int, columns: int, like: Tensor) -> Tensor:
-    """−inf where the key comes after the query, else 0; shape (rows, columns)."""
-    return _causal_bias(first, rows, columns, like.dtype, like.device)
-
-
-def _masked(z: Tensor, mask: Tensor, first: int, count: int) -> Tensor:
-    if mask.dim() == z.dim() and mask.shape[0] > 1:
-        mask = mask[:count]
+def _masked(z: Tensor, mask: Tensor, first: int, sequences: int | slice) -> Tensor:
+    """Scores of some sequences, with what the mask of the whole batch hides at −inf."""
+    whole = z.dim() + isinstance(sequences, int)
+    if mask.dim() == whole:
+        mask = mask[sequences] if mask.shape[0] > 1 else mask[0] if z.dim() < whole else mask
     if mask.dim() > 1 and mask.shape[-2] > 1:
         mask = mask[..., first : first + z.shape[-2], :]
     return z.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else z + mask.detach()
@@ -294,7 +328,7 @@ def _of_multi_head(
                     hide = hides.dtype == torch.bool
                     z = z.masked_fill(hides, -torch.inf) if hide else z + hides.detach()
             if is_causal and mask is None:
-                z = z + _causal(first, z.shape[-2], z.shape[-1], z)
+                z = z + _bias(first, z.shape[-2], z.shape[-1], z.dtype, z.device, True)
             yield z
 
     return _Scores(query.shape[1], tiles)

@@ -42,16 +42,19 @@ class GradientNorm:
         self._owners = module_names(names)
         self._norms = ModuleNorms(names)
         self._all_names = ("gradients/norm", *(f"gradients/norm/{m}" for m in self._norms.modules))
-        self._changes, self._alike = 0, False
+        self._steps, self._changes, self._alike = 0, 0, False
         self._watched = _few_small(self._parameters)
-        self._seen: dict[int, tuple[int, Tensor]] = {}
+        self._seen: dict[int, tuple[int, Tensor | None]] = {}
         hook = Hook(self._accumulated, self.name, boundary)
         self._hooks = [p.register_post_accumulate_grad_hook(hook) for p in self._watched]
 
     def _accumulated(self, parameter: Tensor) -> None:
         grad = parameter.grad
         if grad is not None and not grad.is_sparse:
-            self._seen[id(parameter)] = (grad._version, grad.detach().clone())
+            # A loop that has not clipped by now does not: the version alone is looked at then.
+            may_clip = self._changes or self._steps < 16
+            copy = grad.detach().clone() if may_clip else None
+            self._seen[id(parameter)] = (grad._version, copy)
 
     def detach(self) -> None:
         """Take the hooks off the parameters."""
@@ -62,16 +65,19 @@ class GradientNorm:
     def measure(self, grad_scale: Tensor | None = None) -> Measurements:
         """Norms of the gradients as they are now; `grad_scale` divides them (fused optimizers)."""
         grads = [p.grad for p in self._parameters]
-        if all(grad is None for grad in grads):
+        present = [grad is not None for grad in grads]
+        if not any(present):
             return {}
+        self._steps += 1
         norms = self._norms.squares(grads).sqrt()
         if grad_scale is not None:
             norms = norms / grad_scale.to(norms.device)
         shrunk = self._shrunk()
         self._seen.clear()
         if shrunk is None:
-            return self._series(norms)
+            return self._series(norms, present)
         if not shrunk:
+            self._changes += 1
             return {"gradients/norm_clipped": norms[0]}
         ratios = torch.stack([ratio.to(norms.device) for ratio in shrunk])
         if grad_scale is None and (unscaled_by := _loss_scale()) is not None:
@@ -79,7 +85,7 @@ class GradientNorm:
         coefficient = ratios.nanmedian()
         if not self._all_shrank_alike(ratios, coefficient):
             return {"gradients/norm_clipped": norms[0]}
-        return {"gradients/norm_clipped": norms[0], **self._series(norms / coefficient)}
+        return {"gradients/norm_clipped": norms[0], **self._series(norms / coefficient, present)}
 
     def _all_shrank_alike(self, ratios: Tensor, coefficient: Tensor) -> bool:
         # How a loop clips does not change from step to step, so a GPU, where to look means to
@@ -90,24 +96,26 @@ class GradientNorm:
         self._changes += 1
         return self._alike
 
-    def _series(self, norms: Tensor) -> Measurements:
-        owners = zip(self._owners, self._parameters, strict=True)
-        present = {module for module, p in owners if p.grad is not None}
-        modules = self._norms.modules
-        if len(present) == len(modules):
+    def _series(self, norms: Tensor, present: Sequence[bool]) -> Measurements:
+        if all(present):
             return {self._all_names: norms}
-        kept = [i for i, module in enumerate(modules, 1) if module in present]
-        names = ("gradients/norm", *(f"gradients/norm/{modules[i - 1]}" for i in kept))
+        modules = {module for module, here in zip(self._owners, present, strict=True) if here}
+        kept = [i for i, module in enumerate(self._norms.modules, 1) if module in modules]
+        names = ("gradients/norm", *(f"gradients/norm/{self._norms.modules[i - 1]}" for i in kept))
         return {names: norms[[0, *kept]]}
 
     def _shrunk(self) -> list[Tensor] | None:
-        """Norm now over norm after the backward pass, of each watched gradient, if one of them
-        was changed in place since; None if none was."""
-        here = [p for p in self._watched if p.grad is not None and id(p) in self._seen]
-        if not any(p.grad._version != self._seen[id(p)][0] for p in here if p.grad is not None):
+        """Norm now over norm after the backward pass, of each watched gradient of which a copy is
+        there, if one of them was changed in place since; None if none was."""
+        here = [(p.grad, *self._seen[id(p)]) for p in self._watched if id(p) in self._seen]
+        if not any(grad is not None and grad._version != version for grad, version, _ in here):
             return None
         norm = partial(torch.linalg.vector_norm, dtype=torch.float64)
-        return [norm(p.grad) / norm(self._seen[id(p)][1]) for p in here]
+        return [
+            norm(grad) / norm(copy)
+            for grad, _, copy in here
+            if grad is not None and copy is not None
+        ]
 
 
 def _loss_scale() -> Tensor | None:

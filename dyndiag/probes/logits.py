@@ -38,10 +38,10 @@ class OutputLogits:
             return
         logits = found.detach()
         mask = visible(call, logits)
-        top = logits.amax(dim=-1)
-        if mask is not None:
-            top = top.masked_fill(~mask, -torch.inf)
-        highest = top.amax()
+        if mask is None:
+            highest = logits.amax()
+        else:
+            highest = logits.amax(dim=-1).masked_fill(~mask, -torch.inf).amax()
         self._max = highest if self._max is None else torch.maximum(self._max, highest)
         if self._log_partition_due.due(self._step):
             log_z = torch.logsumexp(logits.float(), dim=-1)

@@ -90,13 +90,13 @@ def test_every_kind_happens_in_the_run_below() -> None:
     assert [event.start for event in EVENTS] == sorted(event.start for event in EVENTS)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(cuts=st.lists(st.integers(0, len(ROWS)), max_size=30))
 def test_events_do_not_depend_on_how_often_values_are_flushed(cuts: list[int]) -> None:
     assert live(ROWS, cuts) == EVENTS
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(seed=st.integers(0, 2**32))
 def test_events_do_not_depend_on_the_order_of_names_in_a_row(seed: int) -> None:
     order = random.Random(seed)
@@ -108,7 +108,7 @@ def test_events_do_not_depend_on_the_order_of_names_in_a_row(seed: int) -> None:
     assert replay(shuffled) == EVENTS
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(cut=st.integers(1, len(ROWS)))
 def test_no_event_is_ever_taken_back(cut: int) -> None:
     assert {event.name for event in replay(ROWS[:cut])} <= {event.name for event in EVENTS}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +25,7 @@ from dyndiag.probes.attention import AttentionLogits
 from dyndiag.probes.forward import ForwardWatch, unwatched
 from dyndiag.probes.logits import OutputLogits
 from tests.models import Transformer, batches, mlp
+from tests.probes.test_step import Watched
 
 
 def watch(model: nn.Module) -> ForwardWatch:
@@ -256,3 +258,71 @@ def test_grouped_queries_and_given_masks(masked: bool) -> None:
     assert seen["attention/logit_max/model"].item() == pytest.approx(z.max().item(), rel=1e-5)
     sampled = seen["attention/logit_max_sampled/model"].item()
     assert sampled == pytest.approx(z[:2].max().item(), rel=1e-5)
+
+
+class Overwrites(nn.Module):
+    """Attends to what needs no gradient, and writes over it before the forward has ended."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        query = x.clone()
+        attended = nn.functional.scaled_dot_product_attention(query, x, x)
+        query.zero_()
+        return self.weight * attended
+
+
+def test_attention_is_read_before_its_inputs_are_written_over() -> None:
+    torch.manual_seed(0)
+    model = Overwrites()
+    w = Watched(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    x = torch.randn(8, 2, 5, 3)
+    model(x).sum().backward()
+    w.optimizer.step()
+    scores = x[:1] @ x[:1].transpose(-2, -1) / 3**0.5
+    assert w.row()["attention/logit_max_sampled/model"] == pytest.approx(float(scores.max()))
+
+
+class Attends(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.Linear(4, 12)
+        self.query: weakref.ref[Tensor] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.project(x).chunk(3, dim=-1)
+        self.query = weakref.ref(q)
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+class Checkpointed(nn.Module):
+    """Counts the queries that outlive their layer's forward pass."""
+
+    def __init__(self, use_reentrant: bool) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Attends(), Attends()])
+        self.use_reentrant = use_reentrant
+        self.alive = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = checkpoint(layer, x, use_reentrant=self.use_reentrant)
+        queries = [layer.query for layer in self.layers if isinstance(layer, Attends)]
+        self.alive = sum(query is not None and query() is not None for query in queries)
+        return x
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointing_frees_what_it_would_without_the_watch(use_reentrant: bool) -> None:
+    torch.manual_seed(0)
+    model = Checkpointed(use_reentrant)
+    w = Watched(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    for _ in range(2):
+        model(torch.randn(2, 5, 4, requires_grad=True)).sum().backward()
+        assert model.alive == 0
+        w.optimizer.step()
+        assert {name for name in w.row() if "sampled" in name} == {
+            f"attention/logit_max_sampled/layers.{i}" for i in (0, 1)
+        }

@@ -77,6 +77,27 @@ def test_clipping_by_norm_shows_the_norm_before_and_after(most: float) -> None:
     assert row["gradients/norm_clipped"] == pytest.approx(min(before.item(), most), rel=1e-3)
 
 
+def test_a_loop_that_starts_to_clip_later_is_noticed() -> None:
+    w = Watched(model := mlp(), torch.optim.SGD(model.parameters(), lr=0.1))
+    rows = []
+    for step in range(20):
+        cross_entropy(model, batches("mlp", 1)[0]).backward()
+        before = nn.utils.get_total_norm([p.grad for p in model.parameters()]).item()
+        if step >= 18:
+            nn.utils.clip_grad_norm_(model.parameters(), before / 3)
+        w.optimizer.step()
+        w.optimizer.zero_grad()
+        rows.append((before, w.row()))
+    assert all(row["gradients/norm"] == pytest.approx(before) for before, row in rows[:18])
+    assert all("gradients/norm_clipped" not in row for _, row in rows[:18])
+    before, first = rows[18]  # nothing was kept to tell how much it was clipped by
+    assert first["gradients/norm_clipped"] == pytest.approx(before / 3, rel=1e-4)
+    assert "gradients/norm" not in first
+    before, later = rows[19]
+    assert later["gradients/norm_clipped"] == pytest.approx(before / 3, rel=1e-4)
+    assert later["gradients/norm"] == pytest.approx(before, rel=1e-4)
+
+
 def test_clipping_by_value_leaves_the_norm_before_unknown() -> None:
     w = watched()
     backward(w)

@@ -29,7 +29,7 @@ def bits(value: float) -> bytes:
     return b"nan" if math.isnan(value) else struct.pack("<d", value)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(histories)
 def test_every_float_comes_back_with_its_sign_and_absent_stays_absent(
     history: list[list[tuple[int, dict[str, float]]]],
