@@ -214,9 +214,9 @@ class Monitor:
             self._rows.add(step, taken.seen | _rates(taken.learning_rates))
             self._keep_loss(step, taken.loss if loss is None else loss)
             state = self._state(step, taken, batch)
+            self._sampler.measure_due(state, lambda seen: self._rows.add(step, seen))
             with self._boundary("UpdateRatio"):
                 self._rows.add(step, self._watch.update_ratio(state))
-            self._sampler.measure_due(state, lambda seen: self._rows.add(step, seen))
             self._rows.add(step, {f"failures/{name}": 1.0 for name in self._boundary.failed()})
         self._watch.step = self._next
         if step % _LOOK_AGAIN == 0:

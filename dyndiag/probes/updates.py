@@ -30,13 +30,16 @@ class UpdateRatio:
     @torch.no_grad()
     def before(parameters: Sequence[nn.Parameter]) -> tuple[Tensor, ...]:
         """Copies of the weights, to be handed to `measure` in `state.weights_before`."""
-        return tuple(p.detach().clone() for p in parameters)
+        return tuple([p.detach().clone() for p in parameters])
 
     @torch.no_grad()
     def measure(self, state: TrainState) -> Measurements:
+        """Overwrites the copies with the change: to be called last."""
         assert state.weights_before is not None
-        change = torch._foreach_sub(list(state.parameters), list(state.weights_before))
-        ratio = (self._norms.squares(change) / self._norms.squares(state.weights_before)).sqrt()
+        change = list(state.weights_before)
+        size = self._norms.squares(change)
+        torch._foreach_sub_(change, list(state.parameters))
+        ratio = (self._norms.squares(change) / size).sqrt()
         ratio = torch.where(ratio.isinf(), torch.nan, ratio)
         names = ("updates/ratio", *(f"updates/ratio/{module}" for module in self._norms.modules))
         return {names: ratio}
