@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 Restore = Callable[[], None]
 
 # Hooks that only watch or edit gradients: they would fire in probes' backward passes too.
-_BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
+_BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks", "_post_accumulate_grad_hooks")
 _Generator = torch.Generator | np.random.Generator | np.random.RandomState | random.Random
 
 

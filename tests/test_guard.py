@@ -162,12 +162,14 @@ def test_backward_hooks_are_silent_inside_and_back_afterwards() -> None:
     model, calls = mlp(), []
     model[0].weight.register_hook(lambda gradient: calls.append("tensor"))
     model[0].register_full_backward_hook(lambda *args: calls.append("module"))
+    # As of an optimizer that steps in the backward pass.
+    model[0].weight.register_post_accumulate_grad_hook(lambda p: calls.append("accumulated"))
     inputs = torch.rand(2, 8, requires_grad=True)
     with no_trace(model):
-        torch.autograd.grad(model(inputs).sum(), list(model.parameters()))
+        model(inputs).sum().backward()
         assert calls == []
     model(inputs).sum().backward()
-    assert sorted(calls) == ["module", "tensor"]
+    assert sorted(calls) == ["accumulated", "module", "tensor"]
 
 
 def test_gradients_come_back_as_the_same_objects() -> None:
