@@ -166,9 +166,13 @@ def test_public_names() -> None:
     assert monitor == {"step", "start_task", "flush", "close"}
     run = {name for name in dir(dyndiag.Run) if not name.startswith("_")}
     assert {"names", "events", "metadata"} <= run
-    assert sorted(dyndiag.curvature.__all__) == [
-        "Eigenpairs", "LossHessian", "Operator", "Outcome", "SpectralDensity", "Trace",
-        "eigenpairs", "hessian", "loss_hessian", "negated", "scaled", "spectral_density", "trace",
+    assert dyndiag.curvature.__all__ == [
+        "Check", "CriticalLearningRate", "Crossing", "Diagonal", "Eigenpairs", "Engine", "Fisher",
+        "FrobeniusNorm", "GaussNewton", "LossHessian", "Operator", "Outcome", "SpectralDensity",
+        "Trace", "batch_sharpness", "block_diagonal", "critical_learning_rate", "curvature_along",
+        "deflated", "diagonal", "directional_sharpness", "eigenpairs", "fisher", "frobenius_norm",
+        "gauss_newton", "hessian", "loss_along", "loss_hessian", "realised_edge", "scaled",
+        "shifted", "spectral_density", "trace",
     ]  # fmt: skip
 
 

@@ -1,26 +1,33 @@
 """What a random start proves about the eigenvalues that a Lanczos run has not shown.
 
-From a unit start v, Lanczos sees the measure Σ wᵢ δ(λᵢ) with wᵢ = (uᵢᵀv)². Let p₀ … p_m be its
-orthonormal polynomials, which the run's own coefficients give, and K_m = Σ p_j². An atom at x
-weighs at most 1/K_m(x) (Christoffel), so an eigenvalue at x to which the start gave a weight of
-at least s² shows itself by K_m(x) ≤ 1/s². A Gaussian start gives less than that to any one
-direction only with a small chance, and that was decided when it was drawn: the bound holds
-whatever rule stopped the run, and however often one looked.
+From a unit start v, an eigenvector u with eigenvalue x has a part g(x) · (uᵀv) along each vector of
+the basis, with polynomials g that the run's own coefficients give. The basis is orthonormal, so
+that (uᵀv)² K(x) ≤ 1 with K = Σ g²: an eigenvalue at x to which the start gave a weight of at least
+s² shows itself by K(x) ≤ 1/s². A Gaussian start gives less than that to any one direction only with
+a small chance, and that was decided when it was drawn: the bound holds whatever rule stopped the
+run, however often one looked, and through every thick restart.
+
+Let θᵢ be the Ritz values, yᵢ their vectors, q the next direction, A yᵢ = θᵢ yᵢ + sᵢ q. Then
+uᵀyᵢ = sᵢ (uᵀq)/(x − θᵢ), and uᵀq = (uᵀv) · Π(x − ρ)/Π β over all couplings β of the run and the
+roots ρ: the Ritz values now, and those that the restarts have discarded. Without a restart K is the
+sum of squares of the run's orthonormal polynomials, one over the Christoffel function.
 
 Source: van Dorsselaer, Hochstenbach & van der Vorst (2001), SIAM J. Matrix Anal. Appl. 22,
 837–852, who use the last polynomial alone; the sum of squares is at least as sharp. It assumes an
-exact recurrence; callers keep away from the Ritz values by the rounding of theirs.
+exact recurrence; callers keep away from the Ritz values by the rounding of theirs. The proof, and
+what it does not say: docs/certificate.md.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dyndiag.curvature.lanczos import Floats
+from dyndiag.curvature.lanczos import Floats, Lanczos
 
 
 def effective_size(size: int, fixed: float = 0.0, random: float = 1.0) -> float:
@@ -35,7 +42,7 @@ def effective_size(size: int, fixed: float = 0.0, random: float = 1.0) -> float:
 
 
 def needed(size: float, risk: float) -> float:
-    """The K_m(x) that leaves an eigenvalue at x only the chance `risk`, for an effective size.
+    """The K(x) that leaves an eigenvalue at x only the chance `risk`, for an effective size.
 
     Scale the start to unit mean square norm. Its part y along u is Gaussian around some centre with
     variance 1/size, so with a density of at most √(size/2π), and independent of the part across u,
@@ -45,40 +52,79 @@ def needed(size: float, risk: float) -> float:
     return 1.0 + 2.0 * size / (math.pi * risk**2)
 
 
-def excludes(
-    diagonal: Sequence[float], couplings: Sequence[float], points: Floats, need: float
-) -> NDArray[np.bool_]:
-    """Whether K_m(x) ≥ need, for each x of `points`. Costs m passes over the points.
+@dataclass(frozen=True)
+class Christoffel:
+    """K of a run at one moment, in logarithms: its factors reach far beyond what float64 holds."""
 
-    `couplings` is as long as `diagonal`: the off-diagonal, then the norm of the remainder.
-    """
-    before, now = np.zeros_like(points), np.ones_like(points)
-    total, previous = np.ones_like(points), 0.0
-    settled = total >= need
-    # x/0 = ∞ is right: a coupling of 0 means that the space is exhausted. 0/0, at a Ritz value,
-    # stays NaN and excludes nothing; and what overflows has long been settled.
-    with np.errstate(all="ignore"):
-        for alpha, beta in zip(diagonal, couplings, strict=True):
-            before, now = now, ((points - alpha) * now - previous * before) / beta
-            total, previous = total + now**2, beta
-            settled |= total >= need
+    values: Floats
+    """Ritz values θᵢ, (m,), of the rows since the last start vector."""
+    arms: Floats
+    """sᵢ, (m,)."""
+    roots: Floats
+    """ρ: `values`, and all Ritz values discarded before."""
+    log_couplings: float
+    """Σ log β."""
+
+    @classmethod
+    def of(cls, run: Lanczos) -> Christoffel:
+        values, _ = run.segment_ritz()
+        roots = np.append(run.discarded, values)
+        return cls(values, run.segment_arms(), roots, run.log_couplings)
+
+    def log_parts(self, points: Floats) -> Floats:
+        """log g² along q and each yᵢ, (m + 1, points). Each g is a polynomial with real roots."""
+        # log 0 = −∞ and its consequences are right: after a coupling of 0 the space is exhausted,
+        # K = ∞. What is not a number then, at a Ritz value, counts for nothing.
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ahead = np.log(np.abs(points - self.roots[:, None])).sum(axis=0) - self.log_couplings
+            shares = np.log(np.abs(self.arms))[:, None]
+            parts = ahead + shares - np.log(np.abs(points - self.values[:, None]))
+        return np.nan_to_num(2.0 * np.vstack((ahead, parts)), nan=-np.inf, posinf=np.inf)
+
+
+def excludes(moments: Sequence[Christoffel], points: Floats, need: float) -> NDArray[np.bool_]:
+    """Whether K(x) ≥ need for each x of `points`, at any of a run's moments."""
+    settled = np.zeros(len(points), dtype=bool)
+    for moment in reversed(moments):
+        if settled.all():
+            break
+        k = np.logaddexp.reduce(moment.log_parts(points[~settled]), axis=0)
+        settled[~settled] = k >= math.log(need)
     return settled
 
 
-def reach(
-    diagonal: Sequence[float], couplings: Sequence[float], value: float, need: float, sign: int
-) -> float:
-    """The nearest x beyond `value`, on the side of `sign`, from which on nothing can be hidden.
+def excludes_between(
+    moments: Sequence[Christoffel], points: Floats, need: float
+) -> NDArray[np.bool_]:
+    """Whether K ≥ need from each of `points`, ascending, to the next, at any of a run's moments.
 
-    `value` is the run's outermost Ritz value on that side: outside of it K_m grows. ±inf when the
-    run is too short to say.
+    Between two neighbouring roots each part's logarithm is concave, so that it is least at one end.
     """
-    scale = max(max(map(abs, diagonal)), max(couplings))
+    settled = np.zeros(len(points) - 1, dtype=bool)
+    for moment in reversed(moments):
+        if settled.all():
+            break
+        parts = moment.log_parts(points)
+        least = np.logaddexp.reduce(np.minimum(parts[:, :-1], parts[:, 1:]), axis=0)
+        below = np.searchsorted(np.sort(moment.roots), points)
+        settled |= (least >= math.log(need)) & (below[:-1] == below[1:])
+    return settled
+
+
+def reach(moments: Sequence[Christoffel], need: float, sign: int) -> float:
+    """The nearest x beyond all roots, on the side of `sign`, from which on nothing can be hidden.
+
+    Beyond its outermost root every part grows, so K does; and roots never move inwards. ±inf when
+    the run is too short to say.
+    """
+    last = moments[-1]
+    value = sign * float((sign * last.roots).max())
+    scale = float(max(np.abs(last.roots).max(), np.abs(last.arms).max()))
     if scale == 0.0:
         return value
     offsets = scale * np.geomspace(1e-17, 1e12, 128)
     for _ in range(4):  # each pass cuts the bracket, a factor of 1.7 after the first, into 127
-        passed = excludes(diagonal, couplings, value + sign * offsets, need)
+        passed = excludes(moments, value + sign * offsets, need)
         if not passed.any():
             return sign * math.inf
         first = int(passed.argmax())

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import difflib
+import math
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import fields, is_dataclass
+from itertools import accumulate, pairwise
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -13,6 +18,8 @@ from torch.utils.data import DataLoader
 
 from dyndiag.errors import DyndiagError
 from dyndiag.guard import no_trace
+
+Model = TypeVar("Model", bound=nn.Module)
 
 _SEED = 0
 """Of the random streams inside every forward pass: one dropout mask for all products."""
@@ -46,34 +53,238 @@ def batch_weights(
     if reduction == "sum" or len(batches) == 1:
         return [1.0] * len(batches)
     sizes = [(size or _length)(batch) for batch in batches]
+    if sum(sizes) <= 0:
+        raise DyndiagError("the batches hold no example between them: size= gave 0 for each")
     return [n / sum(sizes) for n in sizes]
 
 
-def _length(batch: Any) -> int:
-    tensor = next(_tensors(batch), None)
-    if tensor is None or tensor.dim() == 0:
+def pieces(
+    model: Model,
+    loss_fn: Callable[[Model, Any], Tensor],
+    data: Any,
+    *,
+    micro_batch: int | None = None,
+    reduction: str = "mean",
+    size: Callable[[Any], int] | None = None,
+) -> list[tuple[Any, float]]:
+    """The micro-batches that the data is taken in, and what the loss of each weighs in the total.
+
+    Raises DyndiagError where the weighted losses of the first batch's micro-batches are not the
+    loss of the batch; that costs one forward pass over it, which keeps no graph.
+    """
+    batches = read_once(model, data)
+
+    def weighted(parts: list[Any]) -> list[tuple[Any, float]]:
+        weights = batch_weights(parts, reduction, size)
+        # A part that weighs nothing, such as one without labels, may have no loss at all.
+        return [(part, w) for part, w in zip(parts, weights, strict=True) if w != 0]
+
+    if micro_batch is None:
+        return weighted(batches)
+    cuts = [cut(batch, micro_batch) for batch in batches]
+    for batch, parts in zip(batches, cuts, strict=True):
+        if len(parts) > 1:
+            _check_cut(model, loss_fn, batch, weighted(parts))
+            break
+    return weighted([part for parts in cuts for part in parts])
+
+
+def _check_cut(
+    model: Model,
+    loss_fn: Callable[[Model, Any], Tensor],
+    batch: Any,
+    parts: Sequence[tuple[Any, float]],
+) -> None:
+    """The loss of a batch must be the weighted sum of its micro-batches' losses."""
+
+    def loss(batch: Any, seed: int = _SEED) -> Tensor:
+        with no_trace(model), torch.no_grad():
+            fix_random_streams(seed)
+            return torch.as_tensor(loss_fn(model, batch)).detach()
+
+    whole = loss(batch)
+    if whole.numel() != 1 or not whole.isfinite():
+        return  # no loss to differentiate: that is said where it is differentiated
+    terms = torch.stack([weight * loss(part).reshape(()) for part, weight in parts])
+    tolerance = math.sqrt(torch.finfo(terms.dtype).eps) * float(terms.abs().sum())
+    if abs(float(whole - terms.sum())) <= tolerance:
+        return
+    if abs(float(whole - loss(batch, _SEED + 1))) > tolerance:
+        return  # dropout: another cut draws other masks, so their losses cannot be compared
+    raise DyndiagError(
+        f"cut into micro-batches, the loss of the first batch becomes {float(terms.sum()):.6g}, "
+        f"but it is {float(whole):.6g}: pass reduction='sum' if it is a sum, size= with the number "
+        "of labels in a batch if it is a mean over them, call model.eval() if BatchNorm couples "
+        "the examples, or leave micro_batch away if the loss does"
+    )
+
+
+def cut(batch: Any, examples: int) -> list[Any]:
+    """Micro-batches of at most `examples` examples each, in order: views, of the batch's own types.
+
+    How many examples a batch holds is the length of its first tensor that has one. Every tensor or
+    array whose first dimension has that length is cut along it, and so is every list or tuple of as
+    many strings, in nested tuples, lists, mappings and dataclasses. All else goes to each
+    micro-batch whole: a mask shared by all examples, an option, a 0-dimensional tensor, None. The
+    last micro-batch may be shorter; a batch that is small enough comes back as it is.
+
+    A shared tensor that happens to be as long as the batch is cut, too, and so is the time of
+    sequences that stand with it first.
+    """
+    if isinstance(examples, bool) or not isinstance(examples, int) or examples < 1:
+        raise DyndiagError(
+            f"micro_batch must be a number of examples, 1 or more, but it is {examples!r}"
+        )
+    length = _length(batch, "it cannot be cut: leave micro_batch away")
+    if length <= examples:
+        return [batch]
+    starts = range(0, length, examples)
+    return [_rows(batch, length, slice(start, start + examples)) for start in starts]
+
+
+def _rows(batch: Any, length: int, rows: slice) -> Any:
+    """These examples of the batch."""
+    if isinstance(batch, Tensor | np.ndarray):
+        return batch[rows] if batch.ndim > 0 and len(batch) == length else batch
+    if isinstance(batch, MutableMapping):
+        taken = copy.copy(batch)
+        for key, value in batch.items():
+            taken[key] = _rows(value, length, rows)
+        return taken
+    if isinstance(batch, Mapping):
+        return {key: _rows(value, length, rows) for key, value in batch.items()}
+    if isinstance(batch, list | tuple):
+        if len(batch) == length and all(isinstance(item, str) for item in batch):
+            return batch[rows]
+        items = [_rows(item, length, rows) for item in batch]
+        return getattr(batch, "_make", type(batch))(items)  # a named tuple takes them one by one
+    if is_dataclass(batch) and not isinstance(batch, type):
+        record = copy.copy(batch)
+        for part in fields(batch):
+            object.__setattr__(record, part.name, _rows(getattr(batch, part.name), length, rows))
+        return record
+    return batch
+
+
+def number_of_examples(batch: Any) -> int | None:
+    """The length of the batch's first tensor that has one; None without any."""
+    return next((len(tensor) for tensor in tensors(batch) if tensor.dim() > 0), None)
+
+
+def _length(batch: Any, advice: str = "pass size=, a function from a batch to that number") -> int:
+    length = number_of_examples(batch)
+    if length is None:
         raise DyndiagError(
             f"a batch of type {type(batch).__name__} does not show how many examples it holds: "
-            "pass size=, a function from a batch to that number"
+            f"{advice}"
         )
-    return len(tensor)
+    return length
 
 
-def _tensors(batch: Any) -> Iterator[Tensor]:
+def tensors(batch: Any) -> Iterator[Tensor]:
+    """Every tensor of a batch, in order."""
     if isinstance(batch, Tensor):
         yield batch
     elif isinstance(batch, Mapping):
-        yield from _tensors(list(batch.values()))
+        yield from tensors(list(batch.values()))
     elif isinstance(batch, list | tuple):
         for item in batch:
-            yield from _tensors(item)
+            yield from tensors(item)
+    elif is_dataclass(batch) and not isinstance(batch, type):
+        for part in fields(batch):
+            yield from tensors(getattr(batch, part.name))
 
 
-def fix_random_streams() -> None:
-    random.seed(_SEED)
-    np.random.seed(_SEED)
-    torch.default_generator.manual_seed(_SEED)
+def chosen_parameters(
+    model: nn.Module, parameters: str | Tensor | Iterable[str | Tensor] | None = None
+) -> dict[str, nn.Parameter]:
+    """Those parameters of the model that were asked for and require gradients, by name.
+
+    `parameters`: names of parameters or of modules ("blocks.0" stands for all that is in it), or
+    parameters themselves; None for all. The order is the model's, whatever the order asked in; tied
+    weights come once, under their first name, and can be asked for by any. Frozen ones are left
+    out. The wrapper of `torch.compile` does not show in names.
+    """
+    names: dict[str, nn.Parameter] = {
+        name.replace("_orig_mod.", ""): p
+        for name, p in model.named_parameters(remove_duplicate=False)
+    }
+    wanted = set(map(id, names.values()))
+    if parameters is not None:
+        asked = [parameters] if isinstance(parameters, str | Tensor) else list(parameters)
+        wanted = {id(p) for key in asked for p in _asked_for(key, names)}
+    chosen: dict[int, tuple[str, nn.Parameter]] = {}
+    for name, p in names.items():
+        if id(p) in wanted and p.requires_grad:
+            chosen.setdefault(id(p), (name, p))
+    if not chosen:
+        raise DyndiagError(
+            "none of the parameters requires a gradient, so there is no curvature: unfreeze the "
+            "parameters that you train before measuring"
+            if wanted
+            else "no parameters were asked for: name some, or pass parameters=None for all"
+        )
+    _check_one_real_device(list(chosen.values()))
+    return dict(chosen.values())
+
+
+def places(parameters: Mapping[str, Tensor]) -> dict[str, slice]:
+    """Where each parameter stands in a flat vector of them all."""
+    ends = accumulate((p.numel() for p in parameters.values()), initial=0)
+    return {name: slice(*ends) for name, ends in zip(parameters, pairwise(ends), strict=True)}
+
+
+def _check_one_real_device(chosen: Sequence[tuple[str, nn.Parameter]]) -> None:
+    first, like = chosen[0]
+    for name, p in chosen:
+        if nn.parameter.is_lazy(p):
+            raise DyndiagError(f"{name} has no shape yet: run the model on one batch first")
+        if p.is_complex():
+            raise DyndiagError(
+                f"{name} is complex, and curvature is over real parameters: train its real and "
+                "imaginary parts, for example by torch.view_as_real, or leave it out of parameters="
+            )
+        if p.device != like.device:
+            raise DyndiagError(
+                f"the parameters must be on one device, but {first} is on {like.device} and "
+                f"{name} on {p.device}: name those of one device in parameters="
+            )
+
+
+def _asked_for(key: Any, names: Mapping[str, nn.Parameter]) -> list[nn.Parameter]:
+    if isinstance(key, Tensor):
+        found = [p for p in names.values() if p is key]
+        if not found:
+            raise DyndiagError(
+                f"a parameter of shape {tuple(key.shape)} is none of the model's: take it from "
+                "model.parameters() after the model has been wrapped and moved"
+            )
+        return found
+    if not isinstance(key, str):
+        raise DyndiagError(
+            "parameters must be names of parameters or modules, or parameters themselves, but one "
+            f"is a {type(key).__name__}"
+        )
+    found = [p for name, p in names.items() if name == key or name.startswith(f"{key}.")]
+    if not found:
+        near = difflib.get_close_matches(key, names, n=1, cutoff=0) or ["nothing"]
+        raise DyndiagError(
+            f"the model has no parameter or module {key!r} with parameters in it: the nearest is "
+            f"{near[0]!r}; model.named_parameters() lists them"
+        )
+    if not any(p.requires_grad for p in found):
+        raise DyndiagError(
+            f"every parameter of {key!r} is frozen, and curvature is over those that require "
+            "gradients: unfreeze it, or leave it out"
+        )
+    return found
+
+
+def fix_random_streams(seed: int = _SEED) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.default_generator.manual_seed(seed)
     if torch.cuda.is_initialized():
-        torch.cuda.manual_seed_all(_SEED)
+        torch.cuda.manual_seed_all(seed)
     if torch.backends.mps.is_available():
-        torch.mps.manual_seed(_SEED)
+        torch.mps.manual_seed(seed)

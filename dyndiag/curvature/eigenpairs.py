@@ -11,9 +11,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dyndiag.curvature.certificate import effective_size, excludes, needed, reach
+from dyndiag.curvature.certificate import (
+    Christoffel,
+    effective_size,
+    excludes,
+    excludes_between,
+    needed,
+    reach,
+)
 from dyndiag.curvature.draws import fixed_generator, gaussian
 from dyndiag.curvature.lanczos import Floats, Lanczos, norms
+from dyndiag.curvature.memory import require, vectors_that_fit
 from dyndiag.curvature.operator import Operator
 from dyndiag.curvature.results import Eigenpairs, Outcome
 from dyndiag.errors import DyndiagError
@@ -33,6 +41,7 @@ def eigenpairs(
     certificate_width: float = 0.01,
     risk: float = 1e-3,
     max_products: int | None = None,
+    max_basis: int | None = None,
     generator: torch.Generator | None = None,
 ) -> Eigenpairs:
     """The k algebraically largest eigenpairs, or the smallest, both, or the largest in magnitude.
@@ -46,32 +55,52 @@ def eigenpairs(
     Eigenvalues closer together than `certificate_width` may be returned as one, and one of higher
     multiplicity once, unless the products suffice to exhaust the space. With
     `certificate_width=math.inf` the residuals alone decide, which is cheaper and proves only that
-    *some* eigenvalues are near: call such values provisional.
+    *some* eigenvalues are near: such an end is called provisional, and not converged.
 
     `start`: (size,), a guess such as the previous vector; an equal random part is mixed in, so that
     what it has no part of can be found, and the certificate counts it. Without a `generator`, the
     same answer at every call; with a CPU one, the same on every device.
 
-    Cost: products, and products · size numbers of memory.
+    `max_basis`: vectors that the basis may hold, at least 3 more than there are pairs (5 by
+    magnitude). A full basis is compressed to its outermost Ritz vectors, and the run goes on from
+    there (thick restart) with its certificate. By default 65, and 8 for each further pair, so that
+    the default budget needs no restart; or as many as fit into four fifths of the free memory.
+
+    Cost: products; a pass over the basis four times a product; memory for max_basis + pairs + 3
+    vectors, of which the basis is allocated as it grows. A DyndiagError, before any of it is, if
+    it cannot fit.
     """
     _check(operator, k, which, relative_tolerance, certificate_width, risk, max_products)
     generator = generator or fixed_generator()
     pairs = 2 * k if which == "both" else k
-    budget = min(64 + 8 * (pairs - 1) if max_products is None else max_products, operator.size)
+    budget = min(_default_products(pairs) if max_products is None else max_products, operator.size)
     size = effective_size(operator.size, 0.0 if start is None else 1.0)
     rules = _Rules(k, which, relative_tolerance, certificate_width, needed(size, risk / pairs))
+    rows, unrestarted = _rows(operator, rules, max_basis, budget), budget + 1
 
-    run = Lanczos(operator, _first_vector(operator, start, generator))
+    run = Lanczos(operator, _first_vector(operator, start, generator), rows)
+    past: list[Christoffel] = []
+    moments: list[Christoffel] = []
     while True:
         run.extend()
         if not run.finite:
-            return _result(operator, run, rules, risk, Outcome.NOT_FINITE)
-        if len(run.diagonal) >= k and _satisfied(run, rules):
-            return _result(operator, run, rules, risk, Outcome.CONVERGED)
+            return _result(operator, run, rules, moments, risk, Outcome.NOT_FINITE)
+        moments = [*past, Christoffel.of(run)]
+        if _accurate(run, rules) and _certified(run, rules, moments):
+            certified = run.complete or not math.isinf(certificate_width)
+            outcome = Outcome.CONVERGED if certified else Outcome.PROVISIONAL
+            return _result(operator, run, rules, moments, risk, outcome)
         if run.products == budget:
-            return _result(operator, run, rules, risk, Outcome.BUDGET_SPENT)
-        if run.exhausted:
+            outcome = _missing(_accurate(run, rules), _certified(run, rules, moments))
+            return _result(operator, run, rules, moments, risk, outcome)
+        exhausted = run.exhausted
+        if rows < unrestarted and len(run) + 2 > rows:
+            values, _ = run.ritz()
+            run.compress(rules.kept(values, rows))
+            past = moments
+        if exhausted:
             run.restart(gaussian(operator, generator))
+            past = []
 
 
 @dataclass(frozen=True)
@@ -83,6 +112,10 @@ class _Rules:
     relative_tolerance: float
     certificate_width: float
     need: float
+
+    @property
+    def pairs(self) -> int:
+        return 2 * self.k if self.which == "both" else self.k
 
     def chosen(self, values: Floats) -> NDArray[np.intp]:
         """Indices of the wanted among ascending `values`, the outermost first."""
@@ -98,6 +131,26 @@ class _Rules:
             case "magnitude":
                 return np.argsort(-np.abs(values), kind="stable")[: self.k]
 
+    @property
+    def fewest_kept(self) -> int:
+        """Ritz vectors that a restart must keep: the wanted, and by magnitude both ends too."""
+        return {"both": 2 * self.k, "magnitude": self.k + 2}.get(self.which, self.k)
+
+    def kept(self, values: Floats, rows: int) -> NDArray[np.intp]:
+        """Indices of what a restart keeps of ascending `values` in a basis of so many rows."""
+        count = self.fewest_kept + (rows - 2 - self.fewest_kept) // 2
+        ascending = np.arange(len(values))
+        match self.which:
+            case "largest":
+                return ascending[-count:]
+            case "smallest":
+                return ascending[:count]
+            case "both":
+                return np.union1d(ascending[: count // 2], ascending[-(count // 2) :])
+            case "magnitude":
+                outermost = np.argsort(-np.abs(values), kind="stable")[: count - 2]
+                return np.union1d(outermost, ascending[[0, -1]])
+
     def edges(self, values: Floats) -> dict[int, float]:
         """{sign: edge}: what has sign · x > edge belongs among the wanted."""
         match self.which:
@@ -112,40 +165,52 @@ class _Rules:
                 return {1: edge, -1: edge}
 
 
-def _satisfied(run: Lanczos, rules: _Rules) -> bool:
-    """Whether the residuals and the certificate are as asked for. Costs no product."""
-    values, vectors = run.ritz()
-    chosen, rounding = rules.chosen(values), run.rounding(values)
-    bounds = run.couplings[-1] * np.abs(vectors[-1, chosen]) + rounding
-    if np.any(bounds > _margin(values[chosen], rules.relative_tolerance, rounding)):
+def _accurate(run: Lanczos, rules: _Rules) -> bool:
+    """Whether the residuals are as asked for."""
+    if len(run) < rules.k:
+        return False
+    values, bounds, rounding = _bounds(run, rules)
+    return not np.any(bounds > _margin(values, rules.relative_tolerance, rounding))
+
+
+def _certified(run: Lanczos, rules: _Rules, moments: list[Christoffel]) -> bool:
+    """Whether nothing hides beyond or between the wanted, but for the risk. Costs no product."""
+    if len(run) < rules.k:
         return False
     if run.complete or math.isinf(rules.certificate_width):
         return True
-
-    # Segments before the last are exhausted, so they hide nothing: ask the last one.
-    diagonal, couplings = run.diagonal[run.segment :], run.couplings[run.segment :]
-    shown = run.ritz(run.segment)[0]
+    values, _ = run.ritz()
+    rounding = run.rounding(values)
+    # What lies before the last start vector is exhausted and hides nothing: ask what came after.
+    shown, _ = run.segment_ritz()
     for sign, edge in rules.edges(values).items():
         marks = np.sort(np.append(edge, sign * shown[sign * shown > edge]))
         margins = _margin(marks, rules.certificate_width, rounding)
         if run.exhausted:  # this segment hides copies of what it shows, and nothing else
             if np.any(marks > edge + margins[0]):
                 return False
-        else:
-            points = sign * _suspects(marks, margins - rounding)
-            if not excludes(diagonal, couplings, points, rules.need).all():
+            continue
+        margins -= rounding
+        if not excludes(moments, sign * (marks[-1:] + margins[-1:]), rules.need).all():
+            return False
+        for low, high in zip(marks[:-1] + margins[:-1], marks[1:] - margins[1:], strict=True):
+            points = np.sort(sign * np.linspace(low, high, _POINTS_IN_A_GAP))
+            if low < high and not excludes_between(moments, points, rules.need).all():
                 return False
     return True
 
 
-def _suspects(marks: Floats, margins: Floats) -> Floats:
-    """Points between `marks` (ascending) and beyond the last, no nearer than their margins."""
-    gaps = [
-        np.linspace(low, high, _POINTS_IN_A_GAP)
-        for low, high in zip(marks[:-1] + margins[:-1], marks[1:] - margins[1:], strict=True)
-        if low < high
-    ]
-    return np.concatenate((*gaps, marks[-1:] + margins[-1:]))
+def _missing(accurate: bool, certified: bool) -> Outcome:
+    if accurate:
+        return Outcome.CERTIFICATE_MISSING
+    return Outcome.RESIDUAL_MISSING if certified else Outcome.BOTH_MISSING
+
+
+def _bounds(run: Lanczos, rules: _Rules) -> tuple[Floats, Floats, float]:
+    """The wanted Ritz values, their error bounds, and the rounding in these."""
+    values, _ = run.ritz()
+    chosen, rounding = rules.chosen(values), run.rounding(values)
+    return values[chosen], run.residuals()[chosen] + rounding, rounding
 
 
 def _margin(values: Floats, share: float, rounding: float) -> Floats:
@@ -170,28 +235,54 @@ def _first_vector(operator: Operator, start: Tensor | None, generator: torch.Gen
     return guess / norm + random / math.sqrt(operator.size)
 
 
+def _default_products(pairs: int) -> int:
+    return 64 + 8 * (pairs - 1)
+
+
+def _rows(operator: Operator, rules: _Rules, max_basis: int | None, budget: int) -> int:
+    """Rows of the basis: as many as asked for, or as are useful and fit."""
+    pairs, fewest = rules.pairs, rules.fewest_kept + 3
+    if max_basis is not None and max_basis < fewest:
+        raise DyndiagError(
+            f"max_basis must be at least {fewest} for k={rules.k} and which={rules.which!r}, "
+            f"but it is {max_basis}"
+        )
+    rows = min(max_basis or _default_products(pairs) + 1, budget + 1)
+    beside = pairs + 3  # the vectors returned; a product's image and its projections
+    fit = vectors_that_fit(operator.size, operator.dtype, operator.device)
+    if fit is not None and max_basis is None:
+        rows = min(rows, max(fit - beside, fewest))
+    what = f"{pairs} eigenpair{'s' * (pairs > 1)} from a basis of {rows}"
+    require(rows + beside, operator.size, operator.dtype, operator.device, what)
+    return rows
+
+
 def _result(
-    operator: Operator, run: Lanczos, rules: _Rules, risk: float, outcome: Outcome
+    operator: Operator,
+    run: Lanczos,
+    rules: _Rules,
+    moments: list[Christoffel],
+    risk: float,
+    outcome: Outcome,
 ) -> Eigenpairs:
     """The reading of the run as it stands; NaN within ±inf where it is too short for k pairs."""
-    count = 2 * rules.k if rules.which == "both" else rules.k
+    count = rules.pairs
     values, bounds = np.full(count, np.nan), np.full(count, np.inf)
     vectors = torch.full(
         (count, operator.size), math.nan, dtype=operator.dtype, device=operator.device
     )
     upper = None if rules.which == "smallest" else math.inf
     lower = None if rules.which == "largest" else -math.inf
-    if len(run.diagonal) >= rules.k:
+    if len(run) >= rules.k:
         ritz, mixing = run.ritz()
-        chosen, rounding = rules.chosen(ritz), run.rounding(ritz)
-        values = ritz[chosen]
-        bounds = run.couplings[-1] * np.abs(mixing[-1, chosen]) + rounding
-        vectors = run.combine(torch.from_numpy(mixing[:, chosen].T))
-        vectors = vectors / norms(vectors)[:, None].to(vectors.dtype)
+        values, bounds, rounding = _bounds(run, rules)
+        vectors = run.combine(torch.from_numpy(mixing[:, rules.chosen(ritz)].T))
+        vectors /= norms(vectors)[:, None].to(vectors.dtype)
+        # Beyond an exhausted segment nothing lies.
         if upper is not None:
-            upper = reach(run.diagonal, run.couplings, ritz[-1], rules.need, 1) + rounding
+            upper = (ritz[-1] if run.segment else reach(moments, rules.need, 1)) + rounding
         if lower is not None:
-            lower = reach(run.diagonal, run.couplings, ritz[0], rules.need, -1) - rounding
+            lower = (ritz[0] if run.segment else reach(moments, rules.need, -1)) - rounding
     return Eigenpairs(
         values=torch.from_numpy(values),
         vectors=vectors,

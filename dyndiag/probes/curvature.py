@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 
 from dyndiag.batches import same_data
-from dyndiag.curvature import Operator, loss_hessian, spectral_density, trace
+from dyndiag.curvature import (
+    Operator,
+    batch_sharpness,
+    loss_hessian,
+    spectral_density,
+    trace,
+)
 from dyndiag.curvature.follow import Followed, Follower
 from dyndiag.optimizers import Unknown, edge_operator, preconditioned_operator, read_rule
 from dyndiag.probes.edge_watch import EdgeWatch
@@ -41,7 +48,7 @@ class Sharpness:
     anew (the first, every tenth, one that has risen by a fifth), and every edge ratio that may
     open, top or close an edge event.
 
-    Cost: one forward and backward, and for each eigenproblem 6–13 Hessian-vector products, 12–24
+    Cost: one forward and backward, and for each eigenproblem 3–14 Hessian-vector products, 4–20
     more where certified: one for plain SGD, one more with a preconditioner, one more where groups
     or decays differ.
     """
@@ -54,6 +61,7 @@ class Sharpness:
         self.notices: list[str] = []
         generator = torch.Generator().manual_seed(0)
         self._followers = {name: Follower(generator, _TOLERANCE) for name in (*_SHARPNESS, _TWICE)}
+        self._certified_at: dict[str, int] = {}
         self._watch = EdgeWatch()
 
     def measure(self, state: TrainState) -> Measurements:
@@ -62,7 +70,7 @@ class Sharpness:
         rule = read_rule(state.optimizer, state.parameters, state.learning_rates)
         if isinstance(rule, Unknown):
             self.notices.append(f"no threshold and no edge ratio: {rule.reason}")
-            return {_PLAIN: self._largest(_PLAIN, hessian)}
+            return {_PLAIN: self._largest(_PLAIN, hessian, state.step)}
         problems: dict[str, Operator] = {_PLAIN: hessian}
         if rule.preconditioned:
             problems[_PRECONDITIONED] = preconditioned_operator(hessian, rule)
@@ -70,34 +78,53 @@ class Sharpness:
         if line is None:  # groups or decays differ: an eigenproblem of its own
             problems[_TWICE] = edge_operator(hessian, rule)
         judged = list(problems)[-1]
-        found = {name: self._largest(name, problem) for name, problem in problems.items()}
+        slope, offset = line or (0.5, 0.0)
 
-        def ratio() -> Estimate:
-            slope, offset = line or (0.5, 0.0)
-            mapped = _mapped(found[judged], slope, offset)
-            return mapped if line is None else replace(mapped, products=0)  # paid by the sharpness
+        def decides(value: float) -> bool:
+            """Of a warm-up, and of what is not finite, no edge ratio is judged."""
+            ratio = slope * value + offset
+            return not rule.warmup and math.isfinite(ratio) and self._watch.decides(ratio)
 
-        # Of a warm-up, and of what is not finite, no edge ratio is judged.
-        judges = not rule.warmup and math.isfinite(ratio().value)
-        if judges and ratio().provisional and self._watch.decides(ratio().value):
-            found[judged] = self._certified(judged, problems[judged], found[judged])
-        if judges and (ratio().converged or ratio().provisional):
-            self._watch.take(ratio().value, certified=ratio().converged)
+        found = {
+            name: self._largest(name, problem, state.step, decides if name == judged else False)
+            for name, problem in problems.items()
+        }
+        ratio = _mapped(found[judged], slope, offset)
+        if line is not None:
+            ratio = replace(ratio, products=0)  # paid by the sharpness
+        judges = not rule.warmup and math.isfinite(ratio.value)
+        if judges and (ratio.converged or ratio.provisional):
+            self._watch.take(ratio.value, certified=ratio.converged)
 
         seen: Measurements = {name: found[name] for name in _SHARPNESS if name in found}
         if threshold is not None:
             seen["stability/threshold"] = threshold
-        seen["stability/edge_ratio"] = ratio()
+        seen["stability/edge_ratio"] = ratio
         seen["stability/warmup"] = float(rule.warmup)
         seen["stability/full_batch"] = float(same_data(state.batch, state.probe))
         return seen
 
-    def _largest(self, name: str, operator: Operator) -> Estimate:
-        return _estimate(self._followers[name].largest(operator))
+    def _largest(
+        self,
+        name: str,
+        operator: Operator,
+        step: int,
+        certify: bool | Callable[[float], bool] = False,
+    ) -> Estimate:
+        found = self._followers[name].largest(operator, certify=certify)
+        if found.missed:
+            since = self._certified_at.get(name, step)
+            self.notices.append(
+                f"the certificate at step {step} found a larger {_words(name)} than the sample "
+                f"before it led to: provisional values since step {since} may have missed it"
+            )
+        if found.converged:
+            self._certified_at[name] = step
+        return _estimate(found)
 
-    def _certified(self, name: str, operator: Operator, before: Estimate) -> Estimate:
-        found = _estimate(self._followers[name].largest(operator, certify=True))
-        return replace(found, products=found.products + before.products)
+
+def _words(name: str) -> str:
+    return name.rpartition("/")[2].replace("_", " ")
 
 
 def _estimate(found: Followed) -> Estimate:
@@ -139,10 +166,7 @@ class BatchSharpness:
     def measure(self, state: TrainState) -> Measurements:
         state.model.eval()
         hessian = loss_hessian(state.batch_loss, state.parameters)
-        g = hessian.gradient
-        squared = g.dot(g)
-        ratio = torch.where(squared > 0, g.dot(hessian.product(g)) / squared, torch.nan)
-        return {"curvature/batch_sharpness": ratio}
+        return {"curvature/batch_sharpness": batch_sharpness(hessian)}
 
 
 class Trace:
@@ -177,7 +201,7 @@ class Density:
 
     An array (3, points): grid, mean density, half the spread between probes; and
     `curvature/density_nodes` (2, nodes): eigenvalue and mass. Cost: one gradient and
-    4 · 30 products, whenever its share of the budget has paid for it.
+    100 products, whenever its share of the budget has paid for it.
     """
 
     name = "Density"
@@ -190,7 +214,7 @@ class Density:
     def measure(self, state: TrainState) -> Measurements:
         state.model.eval()
         hessian = loss_hessian(state.probe_loss, state.parameters)
-        found = spectral_density(hessian, probes=4, steps=30, generator=self._generator)
+        found = spectral_density(hessian, probes=2, steps=50, generator=self._generator)
         half_spread = (found.highest - found.lowest) / 2
         return {
             "curvature/density": torch.stack([found.grid, found.density, half_spread]),

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
+from dyndiag.curvature import realised_edge
 from dyndiag.optimizers import Unknown, read_rule
 from dyndiag.probes.predictions import value_without_graph
 from dyndiag.schedule import Schedule
@@ -59,12 +59,3 @@ class RealisedEdge:
             ]
         ).sum()
         return {"stability/realised_edge": realised_edge(promised, loss.detach().double(), after)}
-
-
-def realised_edge(promised: Tensor, before: Tensor, after: Tensor) -> Tensor:
-    """ζ of a step of which the gradient promised this decrease, from the losses around it.
-
-    >>> realised_edge(*torch.tensor([2.0, 5.0, 3.5]))  # three quarters of what was promised
-    tensor(0.2500)
-    """
-    return torch.where(promised > 0, (promised + after - before) / promised, torch.nan)

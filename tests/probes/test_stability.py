@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from dyndiag.batches import MicroBatches
-from dyndiag.probes.stability import RealisedEdge, realised_edge
+from dyndiag.curvature import realised_edge
+from dyndiag.probes.stability import RealisedEdge
 from dyndiag.schedule import Every
 from dyndiag.state import TrainState
 
