@@ -81,7 +81,7 @@ def solve(
         operator,
         k,
         start=torch.ones(operator.size, dtype=torch.float64) if gradient else None,
-        certificate_width=math.inf if fast else 0.01,
+        certificate_width=math.inf if fast else None,
         risk=1e-3 * math.sqrt(operator.size / spectrum.size),
     )
 

@@ -38,7 +38,7 @@ def eigenpairs(
     which: Which = "largest",
     start: Tensor | None = None,
     relative_tolerance: float = 1e-3,
-    certificate_width: float = 0.01,
+    certificate_width: float | None = None,
     risk: float = 1e-3,
     max_products: int | None = None,
     max_basis: int | None = None,
@@ -48,7 +48,8 @@ def eigenpairs(
 
     Ends, converged, when every error bound is at most `relative_tolerance` · |value| and when, but
     for a chance of `risk`, no eigenvalue hides more than `certificate_width` · |value| beyond or
-    between the values returned; or else after `max_products` products (64, and 8 more for each
+    between the values returned (0.01 for one pair; 0.003 for several, which may lie close
+    together); or else after `max_products` products (64, and 8 more for each
     further pair; never more than `size`). Where a value is so small that rounding exceeds these
     shares of it, the rounding level takes their place: `error_bounds` says so.
 
@@ -70,6 +71,8 @@ def eigenpairs(
     vectors, of which the basis is allocated as it grows. A DyndiagError, before any of it is, if
     it cannot fit.
     """
+    if certificate_width is None:
+        certificate_width = 0.01 if k == 1 else 0.003
     _check(operator, k, which, relative_tolerance, certificate_width, risk, max_products)
     generator = generator or fixed_generator()
     pairs = 2 * k if which == "both" else k

@@ -156,6 +156,15 @@ class TestBounds:
         assert wrong[0.01] <= 4  # P(more than 4 of 300, at a risk of 1e-3) = 2e-5
         assert wrong[math.inf] > 15
 
+    @pytest.mark.parametrize(("k", "width"), [(1, 0.01), (3, 0.003)])
+    def test_of_several_pairs_more_is_asked_for(self, k, width):
+        """Eigenvalues of a list may lie close together, and a list that lacks one is wrong."""
+        operator = of_diagonal(np.r_[np.linspace(-1, 1, 300), 1.5, 1.506, 2.0])
+        found = eigenpairs(operator, k)
+        assert found.products == eigenpairs(operator, k, certificate_width=width).products
+        other = 0.01 if k > 1 else 0.003
+        assert found.products != eigenpairs(operator, k, certificate_width=other).products
+
     @pytest.mark.parametrize(("which", "sign"), [("largest", 1), ("smallest", -1)])
     def test_nothing_hides_between_the_values(self, which, sign):
         """A start with next to nothing on 3 finds 4 and 2 first: it must not stop there."""
