@@ -25,8 +25,6 @@ _CLOSE = 0.85
 _FEWEST_TURNED, _MOST = 8, 14
 """Products of a provisional sample: at least where its vector turns; at most."""
 _TURNED, _OVERLAP = 0.9, 0.5
-_ANOTHER = 0.25
-"""Less than this along the last vector is another vector, which only a certificate can place."""
 _GAP_BOUND, _TURNED_RESIDUAL = 5e-4, 4e-3
 _CERTIFIED_EVERY = 10
 _RISE = 1.2
@@ -97,8 +95,8 @@ class Follower:
     along the last one, or had in the sample before, it takes at least eight products and 4e-3.
 
     A sample is certified if it is the first, the tenth since the last certified one, risen by a
-    fifth above it, the caller's wish, or if its vector has less than half of its length in the span
-    of the kept ones or less than a quarter along the last one. It then goes on where the
+    fifth above it, the caller's wish, or if its vector has less than half of its length along the
+    last one: that is another vector, which only a certificate can place. It then goes on where the
     provisional one ended, in the complement of what is known (`complement`). A warm start that is
     not done after fourteen products starts anew.
 
@@ -137,12 +135,11 @@ class Follower:
             guess = subspace.vectors(1)[0] if subspace.finite else kept[0]
             return self._certify(operator, None, guess, len(subspace))
         vectors, value = subspace.vectors(_KEPT), float(subspace.values[0])
-        along, inside = _overlaps(kept, vectors[0])
+        along = _overlap(kept[0], vectors[0])
         if (
             self._since + 1 >= _CERTIFIED_EVERY
             or value > max(self._certified * _RISE, self._certified / _RISE)
-            or inside < _OVERLAP
-            or along < _ANOTHER
+            or along < _OVERLAP
             or (certify(value) if callable(certify) else certify)
         ):
             return self._certify(operator, subspace, None, len(subspace))
@@ -210,7 +207,7 @@ class Follower:
         subspace.extend(together + residual / norm if norm > subspace.rounding else together)
         while subspace.finite:
             (residual,), (norm,) = subspace.residuals(0, 1)
-            turned = _overlaps(kept, subspace.vectors(1)[0])[0] < _TURNED
+            turned = _overlap(kept[0], subspace.vectors(1)[0]) < _TURNED
             done = self._satisfied(subspace, float(norm), turned)
             if done and len(subspace) >= max(
                 alone + 2, _FEWEST_TURNED if turned or self._turned else 0
@@ -416,10 +413,9 @@ class Follower:
         return gaussian(operator, self._generator) / math.sqrt(operator.size)
 
 
-def _overlaps(kept: Tensor, vector: Tensor) -> tuple[float, float]:
-    """The part of the vector's length along the first kept one, and in the span of all."""
-    along = (kept @ vector).tolist()
-    return abs(along[0]), math.hypot(*along)
+def _overlap(before: Tensor, vector: Tensor) -> float:
+    """The part of the vector's length along the last one."""
+    return abs(float(before @ vector))
 
 
 def _usable(subspace: Subspace, most: int, count: int, x: float, room: float = _LITTLE_ROOM) -> int:
