@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from dyndiag.batches import Batch, LossFunction, check_probe_batch
 from dyndiag.errors import DyndiagError
+from dyndiag.probes import Probe, StepProbe
+from dyndiag.values import Estimate
 
 
 def check_arguments(
@@ -61,6 +66,51 @@ def check_arguments(
             f"budget is the time for measuring as a share of training time, above 0 (default "
             f"0.05), but it is {budget}"
         )
+
+
+def check_probes(probes: Sequence[object], default: Sequence[Probe]) -> None:
+    """Raises DyndiagError for what is no probe, and for two with one name."""
+    if isinstance(probes, Probe | StepProbe) or not isinstance(probes, Sequence):
+        raise DyndiagError(
+            f"probes must be a list of probes, but it is a {type(probes).__name__}: pass [probe]"
+        )
+    names = {probe.name for probe in default}
+    for probe in probes:
+        if not isinstance(probe, Probe | StepProbe):
+            made = f"{probe.__name__}()" if isinstance(probe, type) else "a probe"
+            raise DyndiagError(
+                f"probes must hold probes, with a name, a schedule `due` and `measure` or "
+                f"`before` and `after`, but it holds {probe!r}: pass {made}"
+            )
+        if probe.name in names:
+            raise DyndiagError(
+                f"there are two probes named {probe.name}: each measures the same series, so "
+                "pass one (the default set has "
+                f"{', '.join(known.name for known in default)})"
+            )
+        names.add(probe.name)
+
+
+def check_values(values: object) -> None:
+    """Raises DyndiagError for what cannot be kept as series of a step."""
+    if not isinstance(values, Mapping):
+        raise DyndiagError(
+            f"expected series names with their values, {{'policy/entropy': 1.2}}, but got a "
+            f"{type(values).__name__}"
+        )
+    for name, value in values.items():
+        parts = name.split("/") if isinstance(name, str) else []
+        if len(parts) < 2 or not all(part and part.isprintable() for part in parts):
+            raise DyndiagError(
+                f"a series is named area/quantity[/part], as in 'policy/entropy', but got {name!r}"
+            )
+        if isinstance(value, bool) or not isinstance(
+            value, int | float | Tensor | Estimate | np.ndarray | np.generic
+        ):
+            raise DyndiagError(
+                f"the value of {name} must be a number, a tensor or an Estimate, but it is a "
+                f"{type(value).__name__}"
+            )
 
 
 def trainable(model: nn.Module) -> tuple[tuple[str, ...], tuple[nn.Parameter, ...]]:

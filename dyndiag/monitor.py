@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -23,13 +23,20 @@ from dyndiag.batches import (
     own_loss,
 )
 from dyndiag.boundary import Boundary
-from dyndiag.door import check_arguments, trainable
+from dyndiag.door import check_arguments, check_probes, check_values, trainable
 from dyndiag.facts import describe_batch, facts, now
 from dyndiag.keeping import Keeper
-from dyndiag.probes import Step, StepWatch, learning_rates, sampled_probes
+from dyndiag.probes import (
+    Probe,
+    Step,
+    StepProbe,
+    StepWatch,
+    learning_rates,
+    sampled_probes,
+)
 from dyndiag.rows import Rows
 from dyndiag.sampling import Sampler
-from dyndiag.state import Measurements, Task, TrainState
+from dyndiag.state import Measurements, Task, TrainState, Value
 from dyndiag.values import Event
 
 _FLUSH_SECONDS = 1.0
@@ -52,6 +59,8 @@ class Monitor:
         What curvature and predictions are measured on, fixed; default: the first batch seen.
     budget
         Share of training time for what needs passes of its own (2 s, if that is more).
+    probes
+        What to measure besides (`dyndiag.probes`); each states its cost and keeps its own budget.
     first_step
         Number of the first step; rows of the folder from there on are replaced.
     on_event
@@ -72,19 +81,24 @@ class Monitor:
         run: str | Path,
         probe_batch: Batch = None,
         budget: float = 0.05,
+        probes: Sequence[Probe | StepProbe] = (),
         first_step: int | None = None,
         on_event: Callable[[Event], object] | None = None,
         tensorboard: bool = True,
     ) -> None:
         check_arguments(model, optimizer, loss_fn, probe_batch, budget)
+        self._continual, sampled = sampled_probes(budget)
+        check_probes(probes, sampled)
         self._model, self._optimizer, self._loss_fn = model, optimizer, loss_fn
         self._probe = None if probe_batch is None else copy_batch(as_micro_batches(probe_batch))
         self._boundary = Boundary()
         self._keeper = Keeper(Path(run), first_step, self._boundary, on_event, tensorboard)
         self._first = self._next = self._keeper.next_step
         self._rows = Rows()
-        self._continual, probes = sampled_probes(budget)
-        self._sampler = Sampler(probes, budget, model, optimizer, loss_fn, self._boundary)
+        self._step_probes = [probe for probe in probes if isinstance(probe, StepProbe)]
+        sampled += [probe for probe in probes if isinstance(probe, Probe)]
+        self._sampler = Sampler(sampled, budget, model, optimizer, loss_fn, self._boundary)
+        self._recorded: Measurements = {}
         self._task_starts: dict[str, int] = {}
         self._user_steps = self._closed = False
         self._flushed = time.perf_counter()
@@ -118,6 +132,18 @@ class Monitor:
         else:
             self._finish(taken or Step(seen={"train/skipped": 1.0}), loss, batch)
         self._user_steps = True
+
+    def record(self, values: Mapping[str, Value]) -> None:
+        """Keep values of your own in the row of the step under way: before `monitor.step`.
+
+        `values`: series name (`area/quantity[/part]`) → number, 0-d tensor, `Estimate`, or an
+        array. An accelerator is not waited for. Raises DyndiagError for names and values that
+        cannot be kept.
+        """
+        if self._is_over():
+            return
+        check_values(values)
+        self._recorded.update(values)
 
     def start_task(self, name: str, eval_batches: Iterable[Batch]) -> None:
         """From the next step on the training is on task `name` (continual learning).
@@ -153,6 +179,7 @@ class Monitor:
         atexit.unregister(self._at_exit)
         self._training_goes_on(optimizer_steps=True)
         self._watch.detach()
+        self._keep_recorded(max(self._next - 1, self._first))
         metadata = self._progress() | {"finished": now()}
         missing = self._keeper.keep(self._rows.to_host(), metadata)
         if missing:
@@ -181,6 +208,7 @@ class Monitor:
             self._parameters,
             self._boundary,
             self._training_goes_on,
+            self._step_probes,
         )
         self._watch.step = self._next
 
@@ -212,6 +240,7 @@ class Monitor:
         self._boundary.step = step
         with self._boundary("Monitor"):
             self._rows.add(step, taken.seen | _rates(taken.learning_rates))
+            self._keep_recorded(step)
             self._keep_loss(step, taken.loss if loss is None else loss)
             state = self._state(step, taken, batch)
             self._sampler.measure_due(state, lambda seen: self._rows.add(step, seen))
@@ -223,6 +252,12 @@ class Monitor:
             self._follow_freezing()
         if time.perf_counter() - self._flushed > _FLUSH_SECONDS:
             self.flush()
+
+    def _keep_recorded(self, step: int) -> None:
+        recorded, self._recorded = self._recorded, {}
+        if recorded:
+            with self._boundary("record"):
+                self._rows.add(step, recorded)
 
     def _keep_loss(self, step: int, loss: Tensor | float | None) -> None:
         if loss is not None:
@@ -259,7 +294,7 @@ class Monitor:
 
     def _progress(self) -> dict[str, Any]:
         return {
-            "cost": self._sampler.cost,
+            "cost": self._sampler.cost | self._watch.cost,
             "training_seconds": self._sampler.training_seconds,
             "notices": self._boundary.notices,
             "tasks": list(self._task_starts),

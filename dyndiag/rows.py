@@ -29,6 +29,9 @@ class Rows:
             if isinstance(value, Estimate):
                 assert isinstance(name, str)
                 row |= value.columns(name)
+            elif isinstance(value, np.ndarray) and value.ndim > 0:
+                assert isinstance(name, str)
+                row[name] = value
             elif not isinstance(value, Tensor):
                 assert isinstance(name, str)
                 row[name] = float(value)

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dyndiag.batches import Batch, LossFunction, MicroBatches
 from dyndiag.values import Estimate
 
-Measurements = dict[str | tuple[str, ...], "Tensor | Estimate | float"]
+Value = Tensor | Estimate | np.ndarray | float
+Measurements = dict[str | tuple[str, ...], Value]
 """Series name → value: a 0-d tensor (left on its device until the flush), a number or an
 estimate; a tensor with more dimensions is kept as an array. A tuple of names goes with one
 1-d tensor that holds their values in order."""

@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "state": {"batches", "values"},
     "rows": {"state", "values"},
     "boundary": set(),
-    "door": {"batches", "errors"},
+    "door": {"batches", "errors", "probes", "values"},
     "facts": {"batches"},
     "curvature": {"errors", "guard"},
     "optimizers": {"curvature", "errors"},
@@ -163,7 +163,7 @@ def test_public_names() -> None:
     for name in dyndiag.__all__:
         assert getattr(dyndiag, name) is not None
     monitor = {name for name in vars(dyndiag.Monitor) if not name.startswith("_")}
-    assert monitor == {"step", "start_task", "flush", "close"}
+    assert monitor == {"step", "record", "start_task", "flush", "close"}
     run = {name for name in dir(dyndiag.Run) if not name.startswith("_")}
     assert {"names", "events", "metadata"} <= run
     assert dyndiag.curvature.__all__ == [

@@ -1,18 +1,20 @@
 """What is measured; one file a family.
 
 `StepWatch` reads the training step itself, always. The probes of `sampled_probes` take passes
-of their own, each on its share of the budget.
+of their own, each on its share of the budget. The others are asked for by the user:
+`Monitor(..., probes=[…])`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from dyndiag import schedule
 from dyndiag.probes.continual import AfterSwitch, ContinualAccuracy
 from dyndiag.probes.curvature import BatchSharpness, Density, Sharpness, Trace
 from dyndiag.probes.forward import unwatched
+from dyndiag.probes.passing import PassingStep, StepProbe
 from dyndiag.probes.predictions import Predictions
 from dyndiag.probes.stability import RealisedEdge
 from dyndiag.probes.step import Step, StepWatch, learning_rates
@@ -20,6 +22,7 @@ from dyndiag.schedule import Budget, FixedInterval, Schedule
 from dyndiag.state import Measurements, TrainState
 
 
+@runtime_checkable
 class Probe(Protocol):
     """Measures some series of one area, on its own schedule, inside the guard.
 
@@ -53,8 +56,10 @@ def sampled_probes(share: float) -> tuple[ContinualAccuracy, list[Probe]]:
 __all__ = [
     "ContinualAccuracy",
     "Measurements",
+    "PassingStep",
     "Probe",
     "Step",
+    "StepProbe",
     "StepWatch",
     "learning_rates",
     "sampled_probes",

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -15,6 +17,7 @@ from dyndiag.probes.attention import AttentionLogits
 from dyndiag.probes.forward import Boundary, ForwardWatch
 from dyndiag.probes.gradients import GradientNorm
 from dyndiag.probes.logits import OutputLogits
+from dyndiag.probes.passing import PassingStep, StepProbe
 from dyndiag.probes.updates import UpdateRatio
 from dyndiag.state import Measurements, TrainState
 
@@ -36,11 +39,17 @@ def learning_rates(optimizer: Optimizer) -> tuple[float, ...]:
     return tuple(math.nan if rate is None else float(rate) for rate in rates)
 
 
+def _grad_scale(optimizer: Optimizer) -> Tensor | None:
+    scale = getattr(optimizer, "grad_scale", None)
+    return scale if isinstance(scale, Tensor) else None
+
+
 class StepWatch:
     """Hooks on the optimizer, the model and a few gradients.
 
     `step` is the number of the step being prepared. `begins` is called when a forward or an
-    optimizer step of the training begins, with True for the latter.
+    optimizer step of the training begins, with True for the latter. `probes` are asked besides,
+    at the steps at which they are due.
     """
 
     def __init__(
@@ -51,10 +60,15 @@ class StepWatch:
         parameters: tuple[nn.Parameter, ...],
         boundary: Boundary,
         begins: Callable[[bool], None],
+        probes: Sequence[StepProbe] = (),
     ) -> None:
-        self._parameters = parameters
+        self._model, self._names, self._parameters = model, names, parameters
         self._begins = begins
         self._boundary = boundary
+        self._probes = probes
+        self._passing: PassingStep | None = None
+        self.cost: dict[str, dict[str, float]] = {}
+        """Of each of `probes` by name: seconds of the training's thread, samples."""
         self._attention = AttentionLogits(model, boundary)
         self._forward = ForwardWatch(model, [OutputLogits(), self._attention], boundary)
         self._forward.before = lambda: begins(False)
@@ -107,13 +121,34 @@ class StepWatch:
             if self._parameters and self._updates.due.due(self.step):
                 step.weights_before = UpdateRatio.before(self._parameters)
             # A closure computes the gradients inside the step: they are read after it.
-            if not args[1:] and kwargs.get("closure") is None:
+            closure = bool(args[1:]) or kwargs.get("closure") is not None
+            if not closure:
                 self._read_gradients(optimizer, step)
+            if self._probes and self._parameters:
+                self._passing = self._pass(optimizer)
+                if not closure:
+                    self._ask("before", step)
 
     def _read_gradients(self, optimizer: Optimizer, step: Step) -> None:
         if self._gradients is not None:
-            scale = getattr(optimizer, "grad_scale", None)
-            step.seen |= self._gradients.measure(scale if isinstance(scale, Tensor) else None)
+            step.seen |= self._gradients.measure(_grad_scale(optimizer))
+
+    def _pass(self, optimizer: Optimizer) -> PassingStep:
+        scale = _grad_scale(optimizer)
+        return PassingStep(self.step, self._model, optimizer, self._parameters, self._names, scale)
+
+    def _ask(self, when: Literal["before", "after"], step: Step) -> None:
+        """Ask the probes that are due what they see of the step, before it or after it."""
+        assert self._passing is not None
+        for probe in self._probes:
+            if not probe.due.due(self.step):
+                continue
+            began = time.perf_counter()
+            with self._boundary(probe.name), torch.no_grad():
+                step.seen |= getattr(probe, when)(self._passing)
+            cost = self.cost.setdefault(probe.name, {"seconds": 0.0, "samples": 0, "products": 0})
+            cost["seconds"] += time.perf_counter() - began
+            cost["samples"] += when == "after"
 
     def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         with self._boundary("StepWatch"):
@@ -122,6 +157,9 @@ class StepWatch:
                 return
             if args[1:] or kwargs.get("closure") is not None:
                 self._read_gradients(optimizer, step)
+            if self._passing is not None:
+                self._ask("after", step)
+                self._passing = None
             step.batch, step.loss, seen = self._forward.collect()
             step.seen |= seen
             self._taken = step
