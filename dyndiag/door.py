@@ -76,7 +76,7 @@ def check_probes(probes: Sequence[object], default: Sequence[Probe]) -> None:
         )
     names = {probe.name for probe in default}
     for probe in probes:
-        if not isinstance(probe, Probe | StepProbe):
+        if isinstance(probe, type) or not isinstance(probe, Probe | StepProbe):
             made = f"{probe.__name__}()" if isinstance(probe, type) else "a probe"
             raise DyndiagError(
                 f"probes must hold probes, with a name, a schedule `due` and `measure` or "

@@ -35,7 +35,7 @@ from dyndiag.probes import (
     sampled_probes,
 )
 from dyndiag.rows import Rows
-from dyndiag.sampling import Sampler
+from dyndiag.sampling import Sampler, tell_notices
 from dyndiag.state import Measurements, Task, TrainState, Value
 from dyndiag.values import Event
 
@@ -246,6 +246,8 @@ class Monitor:
             self._sampler.measure_due(state, lambda seen: self._rows.add(step, seen))
             with self._boundary("UpdateRatio"):
                 self._rows.add(step, self._watch.update_ratio(state))
+            for probe in self._step_probes:
+                tell_notices(probe, self._boundary)
             self._rows.add(step, {f"failures/{name}": 1.0 for name in self._boundary.failed()})
         self._watch.step = self._next
         if step % _LOOK_AGAIN == 0:

@@ -14,7 +14,7 @@ from dyndiag import schedule
 from dyndiag.batches import LossFunction
 from dyndiag.boundary import Boundary
 from dyndiag.guard import no_trace
-from dyndiag.probes import Probe, unwatched
+from dyndiag.probes import Probe, StepProbe, unwatched
 from dyndiag.state import Measurements, TrainState
 from dyndiag.values import Estimate
 
@@ -67,9 +67,7 @@ class Sampler:
             self._seconds += seconds
             probe.due.paid(state.step, seconds)
         keep(seen)
-        notices: list[str] = getattr(probe, "notices", [])
-        while notices:
-            self._boundary.tell(probe.name, notices.pop(0))
+        tell_notices(probe, self._boundary)
         if seen:
             cost = self.cost.setdefault(probe.name, {"seconds": 0.0, "samples": 0, "products": 0})
             cost["seconds"] += seconds
@@ -77,6 +75,13 @@ class Sampler:
             cost["products"] += sum(
                 value.products for value in seen.values() if isinstance(value, Estimate)
             )
+
+
+def tell_notices(probe: Probe | StepProbe, boundary: Boundary) -> None:
+    """Tell the user what a probe has to say, and forget it."""
+    notices: list[str] = getattr(probe, "notices", [])
+    while notices:
+        boundary.tell(probe.name, notices.pop(0))
 
 
 def _wait_for(state: TrainState) -> None:

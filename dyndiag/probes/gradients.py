@@ -9,10 +9,18 @@ from types import FrameType
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from dyndiag.probes.forward import Boundary, Hook, unguarded
 from dyndiag.probes.modules import ModuleNorms, module_names
+from dyndiag.probes.passing import PassingStep
 from dyndiag.state import Measurements
+
+_WATCH_ALL = 16
+"""Steps: a loop that has not clipped by then does not, and one parameter is watched from there."""
+
+_SHARE_OF = 100
+"""Steps."""
 
 
 class GradientNorm:
@@ -22,7 +30,9 @@ class GradientNorm:
     That is noticed on a few small watched parameters: an in-place change after the backward pass
     moves their gradient's version, and how much their norm shrank tells the clip coefficient.
     If all of them shrank alike, `gradients/norm` is the norm before (exact to rounding, since
-    clipping by norm multiplies by one number) and `gradients/norm_clipped` the one after; if not
+    clipping by norm multiplies by one number) and `gradients/norm_clipped` the one after, with
+    `gradients/clip_coefficient` min(1, τ/‖g‖), their ratio (clipping removed the rest to 1), and
+    `gradients/clipped_share`, the share of the last 100 steps where it was below 1; if not
     (clipping by value or by group), only `gradients/norm_clipped` is known.
 
     What a loss scaler multiplied the loss by is divided out.
@@ -38,54 +48,72 @@ class GradientNorm:
         parameters: Sequence[nn.Parameter],
         boundary: Boundary = unguarded,
     ) -> None:
-        self._parameters = tuple(parameters)
         self._owners = module_names(names)
         self._norms = ModuleNorms(names)
         self._all_names = ("gradients/norm", *(f"gradients/norm/{m}" for m in self._norms.modules))
         self._steps, self._changes, self._alike = 0, 0, False
-        self._watched = _few_small(self._parameters)
+        self._watched = _few_small(parameters)
         self._seen: dict[int, tuple[int, Tensor | None]] = {}
-        hook = Hook(self._accumulated, self.name, boundary)
-        self._hooks = [p.register_post_accumulate_grad_hook(hook) for p in self._watched]
+        self._hook = Hook(self._accumulated, self.name, boundary)
+        self._handles: list[RemovableHandle] = []
+        self._comparable = True
+        self._clipped: Tensor | None = None
+        self._watch(all_of_them=True)
+
+    def _watch(self, all_of_them: bool) -> None:
+        self.detach()
+        self._watches_all = all_of_them
+        watched = self._watched if all_of_them else self._watched[:1]
+        self._handles = [p.register_post_accumulate_grad_hook(self._hook) for p in watched]
 
     def _accumulated(self, parameter: Tensor) -> None:
         grad = parameter.grad
         if grad is not None and not grad.is_sparse:
-            # A loop that has not clipped by now does not: the version alone is looked at then.
-            may_clip = self._changes or self._steps < 16
-            copy = grad.detach().clone() if may_clip else None
+            copy = grad.detach().clone() if self._watches_all else None
             self._seen[id(parameter)] = (grad._version, copy)
 
     def detach(self) -> None:
         """Take the hooks off the parameters."""
-        for hook in self._hooks:
-            hook.remove()
+        for handle in self._handles:
+            handle.remove()
 
     @torch.no_grad()
-    def measure(self, grad_scale: Tensor | None = None) -> Measurements:
-        """Norms of the gradients as they are now; `grad_scale` divides them (fused optimizers)."""
-        grads = [p.grad for p in self._parameters]
-        present = [grad is not None for grad in grads]
-        if not any(present):
+    def measure(self, step: PassingStep) -> Measurements:
+        """Norms of the gradients as they are now."""
+        if not any(step.present):
             return {}
         self._steps += 1
-        norms = self._norms.squares(grads).sqrt()
-        if grad_scale is not None:
-            norms = norms / grad_scale.to(norms.device)
-        shrunk = self._shrunk()
+        norms = self._norms.squares(step.gradient_norms, step.present).sqrt_()
+        changed = self._changed()
+        shrunk = self._shrunk() if changed else []
         self._seen.clear()
-        if shrunk is None:
-            return self._series(norms, present)
+        if self._steps == _WATCH_ALL and not self._changes and not changed and self._comparable:
+            self._watch(all_of_them=False)
+        if not changed:
+            return self._series(norms, step.present)
+        self._changes += 1
+        if not self._watches_all:  # the first change: there are no copies to compare with
+            self._watch(all_of_them=True)
         if not shrunk:
-            self._changes += 1
             return {"gradients/norm_clipped": norms[0]}
         ratios = torch.stack([ratio.to(norms.device) for ratio in shrunk])
-        if grad_scale is None and (unscaled_by := _loss_scale()) is not None:
+        if step.scale is None and (unscaled_by := _loss_scale()) is not None:
             ratios = ratios * unscaled_by.to(norms.device)
         coefficient = ratios.nanmedian()
         if not self._all_shrank_alike(ratios, coefficient):
             return {"gradients/norm_clipped": norms[0]}
-        return {"gradients/norm_clipped": norms[0], **self._series(norms / coefficient, present)}
+        return {
+            "gradients/norm_clipped": norms[0],
+            "gradients/clip_coefficient": coefficient.clamp(max=1),
+            "gradients/clipped_share": self._clipped_share(coefficient),
+            **self._series(norms / coefficient, step.present),
+        }
+
+    def _clipped_share(self, coefficient: Tensor) -> Tensor:
+        if self._clipped is None:
+            self._clipped = torch.full((_SHARE_OF,), torch.nan, device=coefficient.device)
+        self._clipped[self._steps % _SHARE_OF] = coefficient < 1 - 1e-4
+        return self._clipped.nanmean()
 
     def _all_shrank_alike(self, ratios: Tensor, coefficient: Tensor) -> bool:
         # How a loop clips does not change from step to step, so a GPU, where to look means to
@@ -93,7 +121,6 @@ class GradientNorm:
         if ratios.device.type == "cpu" or self._changes < 16 or self._changes % 101 == 0:
             alike = (ratios - coefficient).abs() <= 1e-4 * coefficient
             self._alike = bool((alike | ratios.isnan()).all() & coefficient.isfinite())
-        self._changes += 1
         return self._alike
 
     def _series(self, norms: Tensor, present: Sequence[bool]) -> Measurements:
@@ -104,17 +131,31 @@ class GradientNorm:
         names = ("gradients/norm", *(f"gradients/norm/{self._norms.modules[i - 1]}" for i in kept))
         return {names: norms[[0, *kept]]}
 
-    def _shrunk(self) -> list[Tensor] | None:
-        """Norm now over norm after the backward pass, of each watched gradient of which a copy is
-        there, if one of them was changed in place since; None if none was."""
-        here = [(p.grad, *self._seen[id(p)]) for p in self._watched if id(p) in self._seen]
-        if not any(grad is not None and grad._version != version for grad, version, _ in here):
-            return None
+    def _changed(self) -> bool:
+        """Whether a watched gradient was changed in place after the backward pass.
+
+        Each accumulation moves a gradient's version alike, so where one parameter is watched the
+        others' versions are held against its own. Whether that holds here is seen beforehand.
+        """
+        grads = [p.grad for p in self._watched]
+        if not self._watches_all:
+            version, _ = self._seen.get(id(self._watched[0]), (sys.maxsize, None))
+            return any(grad is not None and grad._version > version for grad in grads)
+        here = [
+            (grad._version, self._seen[id(p)][0])
+            for p, grad in zip(self._watched, grads, strict=True)
+            if grad is not None and id(p) in self._seen
+        ]
+        first = self._seen.get(id(self._watched[0]))
+        self._comparable &= first is not None and all(after <= first[0] for _, after in here)
+        return any(now != after for now, after in here)
+
+    def _shrunk(self) -> list[Tensor]:
+        """Norm now over norm after the backward pass, of each watched gradient that was copied."""
         norm = partial(torch.linalg.vector_norm, dtype=torch.float64)
+        seen = [(p.grad, self._seen[id(p)][1]) for p in self._watched if id(p) in self._seen]
         return [
-            norm(grad) / norm(copy)
-            for grad, _, copy in here
-            if grad is not None and copy is not None
+            norm(grad) / norm(copy) for grad, copy in seen if grad is not None and copy is not None
         ]
 
 

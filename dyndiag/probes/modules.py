@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+_Indices = tuple[Tensor, Tensor, Tensor]
 MOST_PARTS = 128
 """More parts than this belong into arrays, not into columns: names are cut shorter instead."""
 
@@ -26,49 +27,44 @@ def module_names(parameter_names: Sequence[str]) -> tuple[str, ...]:
 
 
 class ModuleNorms:
-    """L2 norms of one tensor per parameter, over all of them and over each module's."""
+    """From the L2 norms of parameters to those of everything and of each module."""
 
     def __init__(self, parameter_names: Sequence[str]) -> None:
         owners = module_names(parameter_names)
         self.modules = tuple(dict.fromkeys(owners))
         position = {module: i + 1 for i, module in enumerate(self.modules)}
         self._positions = [position[owner] for owner in owners]
-        self._index: dict[tuple[bool, ...], Tensor] = {}
+        self._index: dict[tuple[torch.device, tuple[bool, ...] | None], _Indices] = {}
 
-    def squares(self, tensors: Sequence[Tensor | None]) -> Tensor:
+    def squares(self, norms: Tensor, present: tuple[bool, ...] | None = None) -> Tensor:
         """Squared norms, shape (1 + modules,), float64: over everything, then each module.
 
-        NaN for a module without any tensor. Cost: one read of the tensors; no host sync.
+        `norms`: of each parameter, float64; `present` tells which count, where not all do. NaN for
+        a module without any. No host sync.
         """
-        present = tuple([tensor is not None for tensor in tensors])
-        found = [_values(tensor) for tensor in tensors if tensor is not None]
-        if not found:
-            return torch.full((1 + len(self.modules),), torch.nan, dtype=torch.float64)
-        device = found[0].device
-        double = any(tensor.dtype == torch.float64 for tensor in found)
-        norms = torch._foreach_norm(found, 2, dtype=torch.float64 if double else torch.float32)
-        if any(norm.device != device for norm in norms):
-            norms = tuple(norm.to(device) for norm in norms)
+        if present is not None and all(present):
+            present = None
+        key = norms.device, present
+        if key not in self._index:
+            self._index[key] = self._indices(*key)
+        kept, index, absent = self._index[key]
+        squared = norms.square()
+        if present is not None:
+            squared = squared[kept]
+        total = torch.zeros(1 + len(self.modules), dtype=torch.float64, device=norms.device)
         # Each adds to everything and to its module, in one call: on small models calls cost most.
-        squared = torch.stack(norms).double().square_().expand(2, -1)
-        total = torch.zeros(1 + len(self.modules), dtype=torch.float64, device=device)
-        total.put_(self._index_of(present, device), squared, accumulate=True)
-        if not all(present):
-            total[self._absent(present).to(device)] = torch.nan
-        return total
+        total.put_(index, squared.expand(2, -1), accumulate=True)
+        return total if present is None else total.masked_fill_(absent, torch.nan)
 
-    def _index_of(self, present: tuple[bool, ...], device: torch.device) -> Tensor:
-        if present not in self._index:
-            kept = [i for i, here in zip(self._positions, present, strict=True) if here]
-            self._index[present] = torch.tensor([[0] * len(kept), kept], device=device)
-        return self._index[present]
-
-    def _absent(self, present: tuple[bool, ...]) -> Tensor:
-        kept = {i for i, here in zip(self._positions, present, strict=True) if here}
-        return torch.tensor([i not in kept and i > 0 for i in range(1 + len(self.modules))])
-
-
-def _values(tensor: Tensor) -> Tensor:
-    if tensor.is_sparse:
-        tensor = tensor.coalesce().values()
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    def _indices(self, device: torch.device, present: tuple[bool, ...] | None) -> _Indices:
+        """Which norms are kept, where each adds, and which sums nothing adds to."""
+        every = range(len(self._positions))
+        kept = [i for i in every if present is None or present[i]]
+        modules = [self._positions[i] for i in kept]
+        filled = {0, *modules}
+        absent = [i not in filled for i in range(1 + len(self.modules))]
+        return (
+            torch.tensor(kept, dtype=torch.long, device=device),
+            torch.tensor([[0] * len(kept), modules], device=device),
+            torch.tensor(absent, device=device),
+        )

@@ -39,11 +39,6 @@ def learning_rates(optimizer: Optimizer) -> tuple[float, ...]:
     return tuple(math.nan if rate is None else float(rate) for rate in rates)
 
 
-def _grad_scale(optimizer: Optimizer) -> Tensor | None:
-    scale = getattr(optimizer, "grad_scale", None)
-    return scale if isinstance(scale, Tensor) else None
-
-
 class StepWatch:
     """Hooks on the optimizer, the model and a few gradients.
 
@@ -121,31 +116,34 @@ class StepWatch:
             if self._parameters and self._updates.due.due(self.step):
                 step.weights_before = UpdateRatio.before(self._parameters)
             # A closure computes the gradients inside the step: they are read after it.
-            closure = bool(args[1:]) or kwargs.get("closure") is not None
-            if not closure:
-                self._read_gradients(optimizer, step)
-            if self._probes and self._parameters:
-                self._passing = self._pass(optimizer)
-                if not closure:
-                    self._ask("before", step)
+            if not args[1:] and kwargs.get("closure") is None:
+                self._passing = passing = self._pass(optimizer)
+                self._read_gradients(passing, step)
+                self._ask("before", passing, step)
 
-    def _read_gradients(self, optimizer: Optimizer, step: Step) -> None:
+    def _read_gradients(self, passing: PassingStep, step: Step) -> None:
         if self._gradients is not None:
-            step.seen |= self._gradients.measure(_grad_scale(optimizer))
+            step.seen |= self._gradients.measure(passing)
 
     def _pass(self, optimizer: Optimizer) -> PassingStep:
-        scale = _grad_scale(optimizer)
-        return PassingStep(self.step, self._model, optimizer, self._parameters, self._names, scale)
+        scale = getattr(optimizer, "grad_scale", None)
+        return PassingStep(
+            self.step,
+            self._model,
+            optimizer,
+            self._parameters,
+            self._names,
+            scale if isinstance(scale, Tensor) else None,
+        )
 
-    def _ask(self, when: Literal["before", "after"], step: Step) -> None:
+    def _ask(self, when: Literal["before", "after"], passing: PassingStep, step: Step) -> None:
         """Ask the probes that are due what they see of the step, before it or after it."""
-        assert self._passing is not None
         for probe in self._probes:
             if not probe.due.due(self.step):
                 continue
             began = time.perf_counter()
             with self._boundary(probe.name), torch.no_grad():
-                step.seen |= getattr(probe, when)(self._passing)
+                step.seen |= getattr(probe, when)(passing)
             cost = self.cost.setdefault(probe.name, {"seconds": 0.0, "samples": 0, "products": 0})
             cost["seconds"] += time.perf_counter() - began
             cost["samples"] += when == "after"
@@ -155,11 +153,11 @@ class StepWatch:
             step, self._step = self._step, None
             if step is None:
                 return
-            if args[1:] or kwargs.get("closure") is not None:
-                self._read_gradients(optimizer, step)
-            if self._passing is not None:
-                self._ask("after", step)
-                self._passing = None
+            passing, self._passing = self._passing, None
+            if passing is None:
+                passing = self._pass(optimizer)
+                self._read_gradients(passing, step)
+            self._ask("after", passing, step)
             step.batch, step.loss, seen = self._forward.collect()
             step.seen |= seen
             self._taken = step

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dyndiag.probes.modules import ModuleNorms
+from dyndiag.probes.passing import norms
 from dyndiag.schedule import Every
 from dyndiag.state import Measurements, TrainState
 
@@ -37,9 +38,9 @@ class UpdateRatio:
         """Overwrites the copies with the change: to be called last."""
         assert state.weights_before is not None
         change = list(state.weights_before)
-        size = self._norms.squares(change)
+        size = self._norms.squares(norms(change))
         torch._foreach_sub_(change, list(state.parameters))
-        ratio = (self._norms.squares(change) / size).sqrt()
+        ratio = (self._norms.squares(norms(change)) / size).sqrt()
         ratio = torch.where(ratio.isinf(), torch.nan, ratio)
         names = ("updates/ratio", *(f"updates/ratio/{module}" for module in self._norms.modules))
         return {names: ratio}

@@ -17,7 +17,7 @@ from dyndiag.values import Event
 
 REPLAYED = 250_000  # steps of a run whose detectors are replayed, at some 40 µs each
 STATUS = {"c": "certified", "p": "provisional", "o": "not converged"}
-PARTS = ("gradients/norm/", "updates/ratio/", "attention/logit_max/")  # one series a module
+WHOLE = ("continual/", "train/", "failures/")  # their parts are no modules
 CURVATURE = (
     "curvature/sharpness",
     "curvature/preconditioned_sharpness",
@@ -156,6 +156,7 @@ def contents(run: Run) -> Contents:
     stored = run.event_list()
     events, how, differences = _events(run, stored, metadata)
     names = dict.fromkeys(run.names)
+    prefixes = tuple(dict.fromkeys(filter(None, map(_prefix, names))))
     spans = [(event.start, event.peak if event.end is None else event.end) for event in events]
     whole = thinning.windows(spans[:40])
     series: dict[str, Series] = {}
@@ -164,7 +165,7 @@ def contents(run: Run) -> Contents:
         if name.endswith(COLUMNS) and name.rpartition(".")[0] in names:
             continue  # read with its estimate
         one = _series(run, name)
-        if name.startswith(PARTS) and len(one) > 3 * thinning.BUCKETS:
+        if _prefix(name) and len(one) > 3 * thinning.BUCKETS:
             index = thinning.kept(one.steps, one.values, windows=whole)
             one = Series(name, one.steps[index], one.values[index], one.rows)
         if name in CURVATURE and f"{name}.converged" in names:
@@ -187,7 +188,7 @@ def contents(run: Run) -> Contents:
         ended=str(metadata.get("finished") or ""),
         alive=not metadata.get("finished")
         and (run.folder / "run.db").stat().st_mtime > time.time() - 120,
-        parts={prefix: _forward(names, prefix, metadata) for prefix in PARTS},
+        parts={prefix: _forward(names, prefix, metadata) for prefix in prefixes},
     )
 
 
@@ -285,6 +286,12 @@ def _densities(run: Run) -> Iterator[Density]:
 
 def _has_nodes(run: Run) -> bool:
     return "curvature/density_nodes" in run.array_names
+
+
+def _prefix(name: str) -> str:
+    """`area/quantity/` of a series of one module; empty for any other."""
+    area, quantity, *part = [*name.split("/", 2), ""]
+    return f"{area}/{quantity}/" if any(part) and not name.startswith(WHOLE) else ""
 
 
 def _forward(names: Iterable[str], prefix: str, metadata: Mapping[str, Any]) -> tuple[str, ...]:

@@ -75,18 +75,39 @@ def test_clipping_by_norm_shows_the_norm_before_and_after(most: float) -> None:
     row = w.row()
     assert row["gradients/norm"] == pytest.approx(before.item(), rel=1e-5)
     assert row["gradients/norm_clipped"] == pytest.approx(min(before.item(), most), rel=1e-3)
+    assert row["gradients/clip_coefficient"] == pytest.approx(
+        min(most / before.item(), 1), rel=1e-4
+    )
 
 
-def test_a_loop_that_starts_to_clip_later_is_noticed() -> None:
+def test_the_clipped_share_is_of_the_last_hundred_steps() -> None:
+    model = nn.ParameterList([torch.ones(25)])
+    w = Watched(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    for step in range(160):
+        w.optimizer.zero_grad()
+        model[0].sum().backward()  # norm 5
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0 if step % 2 or step < 60 else 10.0)
+        w.optimizer.step()
+        row = w.row()
+        if step == 59:
+            assert row["gradients/clip_coefficient"] == pytest.approx(0.2, rel=1e-4)
+            assert row["gradients/clipped_share"] == 1
+    assert row["gradients/clipped_share"] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_a_loop_that_starts_to_clip_later_is_noticed(set_to_none: bool, micro_batches: int) -> None:
     w = Watched(model := mlp(), torch.optim.SGD(model.parameters(), lr=0.1))
     rows = []
     for step in range(20):
-        cross_entropy(model, batches("mlp", 1)[0]).backward()
+        for _ in range(micro_batches):
+            cross_entropy(model, batches("mlp", 1)[0]).backward()
         before = nn.utils.get_total_norm([p.grad for p in model.parameters()]).item()
         if step >= 18:
             nn.utils.clip_grad_norm_(model.parameters(), before / 3)
         w.optimizer.step()
-        w.optimizer.zero_grad()
+        w.optimizer.zero_grad(set_to_none=set_to_none)
         rows.append((before, w.row()))
     assert all(row["gradients/norm"] == pytest.approx(before) for before, row in rows[:18])
     assert all("gradients/norm_clipped" not in row for _, row in rows[:18])
@@ -96,6 +117,42 @@ def test_a_loop_that_starts_to_clip_later_is_noticed() -> None:
     before, later = rows[19]
     assert later["gradients/norm_clipped"] == pytest.approx(before / 3, rel=1e-4)
     assert later["gradients/norm"] == pytest.approx(before, rel=1e-4)
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_one_layer_that_is_clipped_later_is_noticed(layer: int) -> None:
+    w = Watched(model := mlp(), torch.optim.SGD(model.parameters(), lr=0.1))
+    for step in range(20):
+        cross_entropy(model, batches("mlp", 1)[0]).backward()
+        if step == 19:
+            nn.utils.clip_grad_norm_(model[layer].parameters(), 1e-3)
+        w.optimizer.step()
+        w.optimizer.zero_grad()
+        row = w.row()
+        assert ("gradients/norm_clipped" in row) == (step == 19)
+        assert ("gradients/norm" in row) == (step < 19)
+
+
+def test_fewer_micro_batches_at_the_end_of_an_epoch_are_no_clipping() -> None:
+    w = Watched(model := mlp(), torch.optim.SGD(model.parameters(), lr=0.1))
+    for step in range(40):
+        for _ in range(1 if step % 7 == 6 else 3):
+            cross_entropy(model, batches("mlp", 1)[0]).backward()
+        w.optimizer.step()
+        w.optimizer.zero_grad()
+        row = w.row()
+        assert "gradients/norm" in row and "gradients/norm_clipped" not in row
+
+
+def test_the_only_parameter_is_seen_clipped() -> None:
+    model = nn.ParameterList([torch.ones(4)])
+    w = Watched(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    model[0].sum().backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+    w.optimizer.step()
+    row = w.row()
+    assert row["gradients/norm"] == pytest.approx(2, rel=1e-4)
+    assert row["gradients/norm_clipped"] == pytest.approx(0.5, rel=1e-4)
 
 
 def test_clipping_by_value_leaves_the_norm_before_unknown() -> None:

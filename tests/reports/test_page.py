@@ -96,7 +96,7 @@ def test_every_chapter_keeps_its_place(html: str) -> None:
     ids = [a["id"] for t, a in Reader(html).tags if t == "section"]
     assert ids == [
         "top", "findings", "stability", "spectrum", "gradients", "logits", "predictions",
-        "continual", "sure", "missing", "cost", "facts",
+        "continual", "others", "sure", "missing", "cost", "facts",
     ]  # fmt: skip
     assert "Accuracy by task: not measured.</b> No task was declared." in html
     assert "monitor.start_task(&#34;B&#34;, eval_batches=batches)" in html

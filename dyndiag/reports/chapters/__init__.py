@@ -5,6 +5,7 @@ from __future__ import annotations
 from dyndiag.reports.chapters.absences import absences
 from dyndiag.reports.chapters.closing import cost, facts, missing, sure
 from dyndiag.reports.chapters.items import Chapter
+from dyndiag.reports.chapters.others import others
 from dyndiag.reports.chapters.signals import gradients, logits, predictions
 from dyndiag.reports.chapters.stability import spectrum, stability
 from dyndiag.reports.chapters.tasks import continual
@@ -21,6 +22,7 @@ def chapters(c: Contents) -> tuple[Chapter, ...]:
         logits(c, absent),
         predictions(c, absent),
         continual(c, absent),
+        others(c),
         sure(c),
         missing(absent),
         cost(c),

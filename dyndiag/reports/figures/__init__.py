@@ -14,7 +14,7 @@ from dyndiag.reports.figures.figure import (
     timeline,
     wide,
 )
-from dyndiag.reports.figures.layers import MOST_ROWS, gradient_norm, heat, joined
+from dyndiag.reports.figures.layers import MOST_ROWS, by_part, gradient_norm, heat, joined
 from dyndiag.reports.figures.logits import (
     LOGITS,
     attention,
@@ -54,6 +54,7 @@ __all__ = [
     "accuracy",
     "attention",
     "attention_names",
+    "by_part",
     "capital_title",
     "density",
     "density_data",

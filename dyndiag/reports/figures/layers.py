@@ -75,9 +75,41 @@ def heat(c: Contents, prefix: str, title: str, unit: str, id: str) -> Figure | N
     )
     joint = "" if len(rows) == len(modules) else f"; {len(modules)} modules joined by name"
     return Figure(
-        id, title, f"{unit}, log scale, largest within each column{joint}",
+        id, title, unit_text(unit, f"log scale, largest within each column{joint}"),
         34 + 19 * len(rows), (mark,), tuple(Drawn(row.name, row, columns=True) for row in rows),
         says=f"{words.count(len(rows), 'row')}, one a module.",
+    )  # fmt: skip
+
+
+def by_part(
+    c: Contents, quantity: str, names: Sequence[str], title: str, unit: str, id: str
+) -> Figure | None:
+    """A quantity told by module: a heat map where it is positive and spreads over decades, else
+    the largest and the smallest of all modules, and the whole where it is there."""
+    parts = [c.series[name] for name in names]
+    values = finite_of(np.concatenate([part.values for part in parts]))
+    if not len(values) or max(len(part) for part in parts) < 2:
+        return None
+    if len(parts) > 2 and bool(values.min() > 0) and values.max() > 10 * values.min():
+        return heat(c, f"{quantity}/", title, unit, id)
+    opposite = [Series(part.name, part.steps, -part.values, part.rows) for part in parts]
+    low = largest_of(f"smallest: {quantity}", opposite)
+    lines = [
+        ("largest", "s2", largest_of(f"largest: {quantity}", parts)),
+        ("smallest", "s4", Series(low.name, low.steps, -low.values, low.rows)),
+    ]
+    whole = c.get(quantity)
+    if whole is not None and len(whole):
+        lines.insert(0, ("whole model", "loss", whole))
+    if len(parts) == 1:
+        lines = [*lines[:-2], (names[0].removeprefix(f"{quantity}/"), "s2", parts[0])]
+    marks = tuple(Mark("line", one.name, label, cls) for label, cls, one in lines)
+    y = scale(np.concatenate([one.values for *_, one in lines]))
+    among = f"largest and smallest of {len(parts)} parts" if len(parts) > 1 else ""
+    return Figure(
+        id, title, unit_text(unit, among, log_text(y)), 120, marks,
+        tuple(Drawn(one.name, one) for *_, one in lines), y,
+        says=f"{title} by part.",
     )  # fmt: skip
 
 
