@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import warnings
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,9 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import dyndiag
+from dyndiag.boundary import Boundary
+from dyndiag.probes import StepWatch
 from dyndiag.probes.continual import AfterSwitch
 from dyndiag.schedule import Budget, FixedInterval, Schedule, credited
-from tests.models import batches, cross_entropy, mlp
+from dyndiag.state import Measurements, TrainState
+from tests.models import Transformer, batches, cross_entropy, mlp
 
 COSTS = st.lists(st.floats(0.001, 0.5), min_size=1, max_size=40)
 SHARES = st.floats(0.005, 0.5)
@@ -150,3 +154,60 @@ def test_nothing_piles_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
             (tensors, objects), (more_tensors, more_objects) = alive(monitor), alive(monitor)
     assert more_tensors <= tensors
     assert more_objects - objects < 300  # less than one a step
+
+
+def next_token(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    logits = model(tokens[:, :-1])
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+
+
+def watch_a_training(device: str, forbid_waiting: Callable[[int], None]) -> None:
+    """Its steps there, watched; what is seen of them stays there."""
+    model = Transformer().to(device)
+    tokens = torch.zeros(8, 9, dtype=torch.long, device=device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    boundary = Boundary()
+    watch = StepWatch(model, optimizer, names, parameters, boundary, lambda steps: None)
+    for step in range(90):
+        forbid_waiting(step)
+        next_token(model, tokens).backward()
+        next_token(model, tokens).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        taken = watch.take()
+        assert taken is not None
+        state = TrainState(
+            step, model, optimizer, parameters, names, weights_before=taken.weights_before
+        )
+        seen = taken.seen | watch.update_ratio(state)
+        assert {"gradients/norm", "logits/max"} <= set(flat(seen))
+        assert not any(value.device.type == "cpu" for value in tensors(seen))
+        watch.step = step + 1
+    assert not boundary.failures, boundary.notices
+
+
+def flat(seen: Measurements) -> list[str]:
+    return [n for name in seen for n in ((name,) if isinstance(name, str) else name)]
+
+
+def tensors(seen: Measurements) -> list[torch.Tensor]:
+    return [value for value in seen.values() if isinstance(value, torch.Tensor)]
+
+
+def test_no_number_is_asked_of_a_device_while_it_trains() -> None:
+    """Tensors of the meta device have none: what asks for one fails."""
+    watch_a_training("meta", lambda step: None)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_is_never_waited_for_while_it_trains() -> None:
+    def forbid_waiting(step: int) -> None:
+        if step == 50:  # what is made once is there by now
+            torch.cuda.set_sync_debug_mode("error")
+
+    try:
+        watch_a_training("cuda", forbid_waiting)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
