@@ -149,8 +149,8 @@ def clipped_share(c: Contents, start: int, end: int) -> float | None:
 def contents(run: Run) -> Contents:
     """Read a run, replay its detectors, and put everything into plain data.
 
-    Cost: one pass over the store for the replay, one query a series; half a minute and some
-    hundred megabytes at a million steps.
+    Cost: one pass over the store for the replay, one of each stream; a quarter of a
+    minute and some hundred megabytes at a million steps of 37 series.
     """
     metadata = dict(run.metadata)
     stored = run.event_list()
@@ -160,18 +160,19 @@ def contents(run: Run) -> Contents:
     spans = [(event.start, event.peak if event.end is None else event.end) for event in events]
     whole = thinning.windows(spans[:40])
     series: dict[str, Series] = {}
-    estimates: dict[str, Estimates] = {}
-    for name in names:
-        if name.endswith(COLUMNS) and name.rpartition(".")[0] in names:
-            continue  # read with its estimate
-        one = _series(run, name)
+    parts: dict[str, Series] = {}
+    for name, steps, values in run.columns():
+        one = Series(name, steps, values, len(steps))
         if _prefix(name) and len(one) > 3 * thinning.BUCKETS:
             index = thinning.kept(one.steps, one.values, windows=whole)
             one = Series(name, one.steps[index], one.values[index], one.rows)
-        if name in CURVATURE and f"{name}.converged" in names:
-            estimates[name] = _estimates(run, one, names)
-        else:
-            series[name] = one
+        of_estimate = name.endswith(COLUMNS) and name.rpartition(".")[0] in names
+        (parts if of_estimate else series)[name] = one
+    estimates = {
+        name: _estimates(series.pop(name), parts)
+        for name in CURVATURE
+        if name in series and f"{name}.converged" in parts
+    }
     held = [one for one in (*series.values(), *estimates.values()) if len(one)]
     return Contents(
         name=run.name,
@@ -235,21 +236,17 @@ def _called(event: Event) -> str:
     return f"{event.kind} from step {event.start}"
 
 
-def _series(run: Run, name: str) -> Series:
-    column = run[name]
-    steps = np.asarray(column.index.to_numpy(), dtype=np.int64)
-    values = np.asarray(column.to_numpy(), dtype=np.float64)
-    return Series(name, steps, values, len(steps))
-
-
-def _estimates(run: Run, one: Series, names: Iterable[str]) -> Estimates:
+def _estimates(one: Series, parts: Mapping[str, Series]) -> Estimates:
     """The series with its interval: from the certificate, the residual, or Student's t."""
 
     def column(part: str, missing: float) -> Floats:
-        if f"{one.name}.{part}" not in names:
+        found = parts.get(f"{one.name}.{part}")
+        if found is None:
             return np.full(len(one), missing)
-        found = run[f"{one.name}.{part}"].reindex(one.steps)
-        return np.asarray(found.to_numpy(), dtype=np.float64)
+        values = np.full(len(one), np.nan)
+        _, here, there = np.intersect1d(one.steps, found.steps, return_indices=True)
+        values[here] = found.values[there]
+        return values
 
     value, error = one.values, column("error", np.nan)
     products = column("products", 0.0)

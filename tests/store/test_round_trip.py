@@ -47,6 +47,12 @@ def test_every_float_comes_back_with_its_sign_and_absent_stays_absent(
         assert {step: {name: bits(row[name]) for name in row} for step, row in found.items()} == {
             step: {name: bits(row[name]) for name in row} for step, row in expected.items()
         }
+        at_once = {name: (steps, column) for name, steps, column in run.columns()}
+        assert list(at_once) == run.names
+        for name, (steps, column) in at_once.items():
+            alone = run[name]
+            assert [*steps] == [*alone.index] == sorted(k for k in expected if name in expected[k])
+            assert [*map(bits, column)] == [*map(bits, alone)]
         for name in run.names:
             series = {step: row[name] for step, row in sorted(expected.items()) if name in row}
             assert list(run[name].index) == list(series)
@@ -186,3 +192,5 @@ def test_rows_are_merged_over_tables_and_pages(
         assert next(walk) == rows[0]
         writer.write([(40, {"a/x": 1.0})])  # came after the walk began
     assert [rows[0], *walk] == rows
+    steps = {name: list(at) for name, at, _ in Run(tmp_path).columns()}
+    assert steps == {"a/x": [*range(41)], "b/x": [*range(0, 40, 3)], "c/x": [*range(0, 40, 7)]}

@@ -10,6 +10,8 @@ from dyndiag.reports.contents import Contents
 from dyndiag.reports.findings.divergence import divergence
 from dyndiag.reports.findings.early_overshoot import early_overshoot
 from dyndiag.reports.findings.edge_of_stability import edge_of_stability
+from dyndiag.reports.findings.entropy_collapse import entropy_collapse
+from dyndiag.reports.findings.entropy_explosion import entropy_explosion
 from dyndiag.reports.findings.finding import Finding, Told, end_of, value
 from dyndiag.reports.findings.loss_spike import loss_spike
 from dyndiag.reports.findings.non_finite import non_finite
@@ -27,6 +29,8 @@ KINDS: Mapping[str, Callable[[Told, Contents], Finding]] = {
     "divergence": divergence,
     "non_finite": non_finite,
     "stability_gap": stability_gap,
+    "entropy_collapse": entropy_collapse,
+    "entropy_explosion": entropy_explosion,
     "probe_failed": probe_failed,
 }
 ORDER = ("act", "look", "know")
