@@ -7,6 +7,7 @@ symmetric `Operator` will do. PyHessian's own algorithms are in `dyndiag.curvatu
 
 from __future__ import annotations
 
+from dyndiag.curvature.batch_sharpness import BatchSharpness, mean_batch_sharpness
 from dyndiag.curvature.critical_learning_rate import (
     CriticalLearningRate,
     Crossing,
@@ -38,6 +39,7 @@ from dyndiag.curvature.results import (
 from dyndiag.curvature.trace import trace
 
 __all__ = [
+    "BatchSharpness",
     "Check",
     "CriticalLearningRate",
     "Crossing",
@@ -66,6 +68,7 @@ __all__ = [
     "hessian",
     "loss_along",
     "loss_hessian",
+    "mean_batch_sharpness",
     "realised_edge",
     "scaled",
     "shifted",
