@@ -94,7 +94,7 @@ class ForwardWatch:
     A training's forward is an outermost call of the model (or, where a trainer never calls the
     model itself, of one of its direct children) with gradients on. Not the training's are
     measurements, and forwards in eval mode between steps that are taken in train mode.
-    Cost: two Python calls per forward and direct child.
+    Cost: two Python calls a forward; as many for each direct child until the model is called.
     """
 
     def __init__(
@@ -110,19 +110,22 @@ class ForwardWatch:
         """Called when a forward of the training begins."""
         self._last: ForwardCall | None = None
         self._with_loss: list[tuple[ForwardCall, Tensor]] = []
-        self._handles: list[RemovableHandle] = []
-        enter, leave = (Hook(call, "ForwardWatch", boundary) for call in (self._enter, self._leave))
+        self._hooks = [Hook(call, "ForwardWatch", boundary) for call in (self._enter, self._leave)]
+        self._handles = self._watch(model)
         inside = () if is_compiled(model) else model.children()
-        for module in (model, *inside):
-            self._handles += [
-                module.register_forward_pre_hook(enter, with_kwargs=True),
-                module.register_forward_hook(leave, with_kwargs=True, always_call=True),
-            ]
+        self._inside = [handle for child in inside for handle in self._watch(child)]
+
+    def _watch(self, module: nn.Module) -> list[RemovableHandle]:
+        enter, leave = self._hooks
+        return [
+            module.register_forward_pre_hook(enter, with_kwargs=True),
+            module.register_forward_hook(leave, with_kwargs=True, always_call=True),
+        ]
 
     def detach(self) -> None:
         """Take the hooks off the model."""
         self.collect()
-        for handle in self._handles:
+        for handle in (*self._handles, *self._inside):
             handle.remove()
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -147,7 +150,13 @@ class ForwardWatch:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
         self._depth = max(0, self._depth - 1)
-        if self._depth > 0 or not self._watching:
+        if self._depth > 0:
+            return
+        if self._inside and self._whole_seen:  # its parts alone are no forward of the training
+            for handle in self._inside:
+                handle.remove()
+            self._inside = []
+        if not self._watching:
             return
         self._watching = False
         call = ForwardCall(args, kwargs)
