@@ -26,6 +26,10 @@ from torch import Tensor
 from dyndiag.curvature.certificate import Christoffel, excludes, reach
 from dyndiag.curvature.lanczos import Floats, Lanczos, norms
 from dyndiag.curvature.operator import Operator
+from dyndiag.curvature.subspace import Subspace
+
+LITTLE_ROOM = 0.005
+"""What known pairs may take of the certificate's reach, as a share of the value."""
 
 
 class Complement:
@@ -152,3 +156,24 @@ def gram(residuals: Tensor) -> Floats:
     """Inner products (j, j) of residuals (j, size)."""
     products = (residuals @ residuals.T).tolist()
     return np.array(products, dtype=np.float64).reshape(len(residuals), len(residuals))
+
+
+def usable(subspace: Subspace, most: int, count: int, x: float, room: float = LITTLE_ROOM) -> int:
+    """How many of the largest Ritz pairs a certificate at x should take as known."""
+    most = min(most, len(subspace.values))
+    residuals = gram(subspace.residuals(0, most)[0])
+    for known in range(most, count, -1):
+        values = subspace.values[:known]
+        if room_below(x, count, values, residuals[:known, :known]) <= room * abs(x):
+            return known
+    return min(count, most)
+
+
+def complement_of(
+    operator: Operator, subspace: Subspace | None, known: int, start: Tensor
+) -> Complement:
+    if subspace is None or known == 0:
+        nothing = start.new_empty(0, operator.size)
+        return Complement(operator, nothing, np.empty(0), nothing, start)
+    vectors, residuals = subspace.vectors(known), subspace.residuals(0, known)[0]
+    return Complement(operator, vectors, subspace.values[:known].copy(), residuals, start)

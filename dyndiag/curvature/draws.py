@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -32,3 +34,8 @@ def rademacher(operator: Operator, generator: torch.Generator) -> Tensor:
         2, (operator.size,), generator=generator, device=generator.device, dtype=operator.dtype
     )
     return (2 * bits - 1).to(operator.device)
+
+
+def random_start(operator: Operator, generator: torch.Generator) -> Tensor:
+    """A Gaussian vector of unit expected norm, shape (size,)."""
+    return gaussian(operator, generator) / math.sqrt(operator.size)
