@@ -32,8 +32,11 @@ class Keeper:
         self._boundary, self._on_event = boundary, on_event
         self._writer = Writer(folder, first_step=first_step)
         self.next_step = self._writer.next_step
+        self.before: Mapping[str, Any] = {}
+        """Metadata of the run that is gone on with."""
         self._detectors = default_detectors()
         if self.next_step > 0:  # a run that goes on: the detectors have to know what came before
+            self.before = Run(folder).metadata
             events: dict[tuple[Any, ...], Event] = {}
             for step, values in Run(folder).rows():
                 events |= {event.name: event for event in self._judge(step, values)}

@@ -99,7 +99,12 @@ class Monitor:
         sampled += [probe for probe in probes if isinstance(probe, Probe)]
         self._sampler = Sampler(sampled, budget, model, optimizer, loss_fn, self._boundary)
         self._recorded: Measurements = {}
-        self._task_starts: dict[str, int] = {}
+        self._task_starts: dict[str, int] = {
+            task: start
+            for task, start in self._keeper.before.get("task_starts", {}).items()
+            if start < self._next
+        }
+        self._own_loss = True  # as far as is known
         self._user_steps = self._closed = False
         self._flushed = time.perf_counter()
         self._begin_watching()
@@ -158,13 +163,15 @@ class Monitor:
         if isinstance(eval_batches, Iterator):  # can be run through only once
             with self._sampler.guarded():
                 eval_batches = list(eval_batches)
-        self._continual.start(Task(name, eval_batches), self._next)
-        self._task_starts[name] = self._next
-        last = self._next - 1
+        start = self._task_starts.get(name, self._next)  # known where a run is gone on with
+        index = [*self._task_starts, name].index(name)
+        self._continual.start(Task(name, eval_batches), start, index)
+        self._task_starts[name] = start
+        last = start - 1
         if last >= self._first:  # what the switch is judged by: the accuracies just before it
             state = self._state(last, Step(), None)
             self._sampler.measure(self._continual, state, lambda seen: self._rows.add(last, seen))
-            self._rows.add(last, {"continual/task": float(len(self._task_starts) - 2)})
+            self._rows.add(last, {"continual/task": float(index - 1)})
 
     def flush(self) -> bool:
         """Judge, keep and show everything measured so far; True if all of it is on disk now."""
@@ -274,7 +281,9 @@ class Monitor:
         training = None if batch is None else as_micro_batches(batch)
         if loss_fn is None:
             training = taken.batch or training
-            loss_fn = own_loss if taken.batch is None or taken.loss is not None else None
+            if taken.batch is not None:
+                self._own_loss = taken.loss is not None
+            loss_fn = own_loss if self._own_loss else None
         if self._probe is None and training is not None and not self._boundary.failures["Batch"]:
             with self._boundary("Batch"):
                 self._probe = copy_batch(training)

@@ -177,3 +177,35 @@ def test_what_cannot_be_kept_is_refused(values: Any, said: str, tmp_path: Path) 
         pytest.raises(dyndiag.DyndiagError, match=said),
     ):
         monitor.record(values)
+
+
+def accuracies(run: Path, steps: int, tasks: dict[int, str], loss_fn: Any = cross_entropy) -> Any:
+    """Steps of a training, on from where the run ends, with tasks that begin at some of them."""
+    model, data = mlp(), batches("mlp", 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with dyndiag.Monitor(model, optimizer, loss_fn, run=run, tensorboard=False) as monitor:
+        for step in range(steps):
+            if step in tasks:
+                monitor.start_task(tasks[step], data[:2])
+            loss = cross_entropy(model, data[0])
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            monitor.step(loss=loss, batch=data[0])
+    return dyndiag.Run(run)
+
+
+def test_a_run_that_goes_on_keeps_its_tasks(tmp_path: Path) -> None:
+    accuracies(tmp_path / "run", 20, {0: "A", 10: "B"})
+    run = accuracies(tmp_path / "run", 20, {0: "B", 10: "C"})
+    assert run.metadata["task_starts"] == {"A": 0, "B": 10, "C": 30}
+    assert run["continual/task"].loc[[5, 15, 25, 35]].tolist() == [0, 1, 1, 2]
+    assert run["continual/accuracy/A"].index.max() == 19  # nobody said what it is judged on
+    assert len(run["continual/accuracy/B"]) == 31  # with the evaluation just before the switch
+    assert len(run["continual/accuracy/C"]) == 11
+
+
+def test_a_switch_without_a_loss_function_is_evaluated_too(tmp_path: Path) -> None:
+    run = accuracies(tmp_path / "run", 20, {0: "A", 10: "B"}, loss_fn=None)
+    assert not [name for name in run.names if name.startswith("failures/")]
+    assert 9 in run["continual/accuracy/A"].index and 9 in run["continual/accuracy/B"].index

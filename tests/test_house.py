@@ -27,9 +27,13 @@ MAY_IMPORT = {
     "facts": {"batches"},
     "curvature": {"errors", "guard"},
     "optimizers": {"curvature", "errors"},
-    "probes": {"batches", "curvature", "errors", "optimizers", "schedule", "state", "values"},
+    "landscape": {"batches", "curvature", "errors", "guard", "values"},
+    "probes": {
+        "batches", "curvature", "errors", "guard", "optimizers", "schedule", "state", "values",
+    },
     "sampling": {"batches", "boundary", "guard", "probes", "schedule", "state", "values"},
     "detectors": {"errors", "values"},
+    "continual": {"detectors", "errors", "store"},
     "store": {"errors", "values"},
     "sinks": {"errors", "values"},
     "keeping": {"boundary", "detectors", "rows", "sinks", "store", "values"},
@@ -38,16 +42,17 @@ MAY_IMPORT = {
         "values",
     },
     "callbacks": {"batches", "errors", "monitor"},
-    "reports": {"detectors", "errors", "store", "values"},
+    "reports": {"continual", "detectors", "errors", "store", "values"},
     "demos": {"errors", "monitor"},
     "cli": {"demos", "errors", "reports", "store", "values"},
     "__init__": {
-        "boundary", "curvature", "errors", "monitor", "reports", "store", "values",
+        "boundary", "curvature", "errors", "landscape", "monitor", "reports", "store", "values",
     },
     "__main__": {"cli"},
 }  # fmt: skip
 NO_TORCH = {
-    "errors", "values", "boundary", "detectors", "store", "sinks", "reports", "cli", "__init__",
+    "errors", "values", "boundary", "continual", "detectors", "store", "sinks", "reports", "cli",
+    "__init__",
 }  # fmt: skip
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
@@ -158,7 +163,7 @@ def test_what_catches_everything_is_seen(code: str) -> None:
 def test_public_names() -> None:
     assert sorted(dyndiag.__all__) == [
         "DyndiagError", "DyndiagWarning", "Estimate", "Event", "Monitor", "Run", "curvature",
-        "report",
+        "landscape", "report",
     ]  # fmt: skip
     for name in dyndiag.__all__:
         assert getattr(dyndiag, name) is not None
@@ -167,12 +172,15 @@ def test_public_names() -> None:
     run = {name for name in dir(dyndiag.Run) if not name.startswith("_")}
     assert {"names", "events", "metadata"} <= run
     assert dyndiag.curvature.__all__ == [
-        "Check", "CriticalLearningRate", "Crossing", "Diagonal", "Eigenpairs", "Engine", "Fisher",
-        "FrobeniusNorm", "GaussNewton", "LossHessian", "Operator", "Outcome", "SpectralDensity",
-        "Trace", "batch_sharpness", "block_diagonal", "critical_learning_rate", "curvature_along",
-        "deflated", "diagonal", "directional_sharpness", "eigenpairs", "fisher", "frobenius_norm",
-        "gauss_newton", "hessian", "loss_along", "loss_hessian", "realised_edge", "scaled",
-        "shifted", "spectral_density", "trace",
+        "BatchSharpness", "Check", "Coherence", "CriticalLearningRate", "Crossing", "Diagonal",
+        "Eigenpairs", "Engine", "Fisher", "FrobeniusNorm", "GaussNewton", "GeneralizedSharpness",
+        "GradientFlowSharpness", "LossHessian", "Operator", "Outcome", "SpectralDensity", "Trace",
+        "batch_sharpness", "block_diagonal", "coherence", "critical_learning_rate",
+        "curvature_along", "deflated", "diagonal", "directional_sharpness", "eigenpairs", "fisher",
+        "frobenius_norm", "gauss_newton", "generalized_sharpness", "gradient_flow_sharpness",
+        "hessian", "loss_along", "loss_hessian", "mean_batch_sharpness", "neural_tangent_kernel",
+        "neural_tangent_kernel_sharpness", "realised_edge", "scaled", "shifted", "spectral_density",
+        "trace",
     ]  # fmt: skip
 
 

@@ -59,6 +59,11 @@ class DyndiagCallback(TrainerCallback):
     ) -> None:
         self._close()
 
+    @property
+    def monitor(self) -> Monitor | None:
+        """The run's monitor while it trains: for `record` and `start_task`."""
+        return self._monitor
+
     def _close(self) -> None:
         if self._monitor is not None:
             self._monitor.close()

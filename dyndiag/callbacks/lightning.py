@@ -81,6 +81,11 @@ class DyndiagCallback(Callback):
             self._monitor.__exit__(type(exception), exception, exception.__traceback__)
             self._monitor = None
 
+    @property
+    def monitor(self) -> Monitor | None:
+        """The run's monitor while it trains: for `record` and `start_task`."""
+        return self._monitor
+
     def _close(self) -> None:
         if self._monitor is not None:
             self._monitor.close()

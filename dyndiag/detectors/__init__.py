@@ -14,6 +14,7 @@ from dyndiag.detectors.early_overshoot import EarlyOvershoot
 from dyndiag.detectors.edge_of_stability import EdgeOfStability
 from dyndiag.detectors.loss_spike import LossSpike
 from dyndiag.detectors.non_finite import NonFinite
+from dyndiag.detectors.policy_entropy import EntropyCollapse, EntropyExplosion
 from dyndiag.detectors.probe_failed import ProbeFailed
 from dyndiag.detectors.progressive_sharpening import ProgressiveSharpening
 from dyndiag.detectors.stability_gap import StabilityGap
@@ -25,6 +26,8 @@ __all__ = [
     "Divergence",
     "EarlyOvershoot",
     "EdgeOfStability",
+    "EntropyCollapse",
+    "EntropyExplosion",
     "LossSpike",
     "NonFinite",
     "ProbeFailed",
@@ -43,6 +46,8 @@ _KINDS = (
     Divergence,
     NonFinite,
     StabilityGap,
+    EntropyCollapse,
+    EntropyExplosion,
     ProbeFailed,
 )
 

@@ -26,6 +26,8 @@ KINDS = {
     "divergence",
     "non_finite",
     "stability_gap",
+    "entropy_collapse",
+    "entropy_explosion",
     "probe_failed",
 }
 
@@ -39,6 +41,7 @@ def eventful(steps: int = 1500) -> list[Row]:
     loss[1300:] = 9.0
     loss[1480:] = math.nan
     sharpness = np.interp(time, [0, 500, steps], [5.0, 20.0, 20.5])
+    entropy = np.interp(time, [0, 300, 600, 900, 1000, 1200], [1.0, 0.05, 0.05, 1.0, 2.5, 1.0])
     rows: list[Row] = []
     for step in range(steps):
         row = {
@@ -48,6 +51,7 @@ def eventful(steps: int = 1500) -> list[Row]:
             "continual/task": float(step >= 900),
             "continual/accuracy/A": 0.95 - 0.4 * max(0.0, 1 - abs(step - 910) / 20),
             "continual/samples/A": 1000.0,
+            "policy/entropy": float(entropy[step]),
         }
         if step < 5:
             row |= {"stability/realised_edge": 1.5 - 0.2 * step, "stability/warmup": 1.0}

@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+from dyndiag.continual import ContinualMetrics, TaskMetrics
 from dyndiag.reports import figures, words
 from dyndiag.reports.chapters.items import Absent, Chapter, Item, Metrics, Table, Text, charts
 from dyndiag.reports.contents import Contents
-from dyndiag.reports.continual import Summary, TaskResult, results, summary
+from dyndiag.reports.continual import measured
 
 
 def continual(c: Contents, absent: Mapping[str, Absent]) -> Chapter:
     title = "Continual learning"
     if "tasks" in absent:
         return Chapter("continual", title, title, "", (absent["tasks"],), True)
-    found, whole = results(c), summary(c)
+    whole = measured(c)
     items: list[Item] = []
-    if whole is not None and len(found) > 1:
-        items.append(_metrics(whole, found))
+    if len(whole.tasks) > 1:
+        items.append(_metrics(whole))
     items += charts([figures.accuracy(c)])
-    items.append(_table(c, found))
+    items.append(_table(c, whole.tasks))
     items.append(
         Text(
-            "Before a switch, and now: mean of the last five evaluations. ACC, forgetting, min-ACC "
-            "and WC-ACC are of single evaluations, as they are defined."
+            "Before a switch, and now: mean of the last five evaluations. Back after: steps from "
+            "the next switch until it was, after the lowest point, within a point of what it "
+            "reached in 300 steps. ACC, forgetting, min-ACC, WC-ACC, WF and WP are of single "
+            f"evaluations, as they are defined. {_period(whole.period)}"
         )
     )
     return Chapter("continual", title, title, _lead(c), tuple(items))
@@ -35,13 +38,23 @@ def _lead(c: Contents) -> str:
     return f"Accuracy on the evaluation batches of {many}, in the order of training."
 
 
-def _metrics(whole: Summary, found: list[TaskResult]) -> Metrics:
-    deepest = max((r for r in found if math.isfinite(r.depth)), key=lambda r: r.depth, default=None)
+def _period(steps: float) -> str:
+    if not math.isfinite(steps):
+        return ""
+    apart = f"{words.plain(steps)} step{'' if steps == 1 else 's'}"
+    return f"Evaluations lie {apart} apart, in the median; what happened between was not seen."
+
+
+def _metrics(whole: ContinualMetrics) -> Metrics:
+    dips = [task for task in whole.tasks if math.isfinite(task.depth)]
+    deepest = max(dips, key=lambda task: task.depth, default=None)
     values = [
-        (words.percent(whole.accuracy, 1), "ACC", "mean over all tasks at the end"),
-        (_points(whole.forgetting), "forgetting", "points, mean over earlier tasks"),
-        (_percent(whole.lowest), "min-ACC", "mean of the earlier tasks' lowest"),
-        (_percent(whole.worst_case), "WC-ACC", "worst case over all tasks"),
+        (_percent(whole.acc), "ACC", "mean over all tasks at the end"),
+        (_points(whole.forg), "forgetting", "points, mean over earlier tasks"),
+        (_percent(whole.min_acc), "min-ACC", "mean of the earlier tasks' lowest"),
+        (_percent(whole.wc_acc), "WC-ACC", "worst case over all tasks"),
+        (_points(whole.wf[10]), "WF¹⁰", "points, largest drop in 10 evaluations"),
+        (_points(whole.wp[10]), "WP¹⁰", "points, largest rise in 10 evaluations"),
     ]
     if deepest is not None:
         values.append(
@@ -58,26 +71,30 @@ def _points(difference: float) -> str:
     return words.points(difference, 1) if math.isfinite(difference) else "–"
 
 
-def _table(c: Contents, found: list[TaskResult]) -> Table:
+def _table(c: Contents, found: Sequence[TaskMetrics]) -> Table:
     rows = []
     for r in found:
         again = math.isfinite(r.lowest)
         rows.append(
             (
                 r.name,
-                f"{words.steps(r.start)} to {words.steps(r.end)}",
-                words.percent(r.reference, 1),
+                f"{words.steps(r.start)} to {words.steps(c.last if r is found[-1] else r.end)}",
+                _percent(r.reference),
                 f"{words.percent(r.lowest, 1)} at {words.steps(r.lowest_step)}" if again else "–",
-                words.percent(r.now, 1),
+                f"{words.steps(r.gaps[0].recovery_steps)} steps" if r.gaps else "–",
+                words.percent(r.level, 1),
                 words.points(r.depth, 1) if again else "–",
                 words.points(r.forgetting, 1) if again else "–",
             )
         )
     begun = {r.name for r in found}
     rows += [
-        (task, "never trained on", "–", "–", "–", "–", "–")
+        (task, "never trained on", "–", "–", "–", "–", "–", "–")
         for task in c.tasks()
         if task not in begun
     ]
-    head = ("task", "trained in steps", "at its end", "lowest after", "now", "depth", "forgotten")
-    return Table(head, tuple(rows), (False, True, True, True, True, True, True))
+    head = (
+        "task", "trained in steps", "at its end", "lowest after", "back after", "now", "depth",
+        "forgotten",
+    )  # fmt: skip
+    return Table(head, tuple(rows), (False, True, True, True, True, True, True, True))

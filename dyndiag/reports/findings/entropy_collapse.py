@@ -65,7 +65,7 @@ def entropy_collapse(told: Told, c: Contents) -> Finding:
         sources=(CUI, DAPO),
         figures=policy_figures(c, f"collapse-{event.start}", window),
         window=window,
-        chapter="predictions",
+        chapter="others",
         sentence=f"{fell} from {at} on, {came}."
         if there
         else f"From {at} on the policy's entropy was falling towards a tenth of its start.",

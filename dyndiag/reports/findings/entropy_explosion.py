@@ -47,7 +47,7 @@ def entropy_explosion(told: Told, c: Contents) -> Finding:
         sources=(CUI,),
         figures=policy_figures(c, f"explosion-{event.start}", window),
         window=window,
-        chapter="predictions",
+        chapter="others",
         sentence=f"{grew} from {at} on, {came}.",
         numbers=f"It began at {words.number(start)} nats a token; the highest was "
         f"{words.number(highest)}, at step {words.steps(event.peak)}.",
