@@ -41,7 +41,7 @@ MAY_IMPORT = {
         "batches", "boundary", "door", "facts", "keeping", "probes", "rows", "sampling", "state",
         "values",
     },
-    "callbacks": {"batches", "errors", "monitor"},
+    "callbacks": {"batches", "errors", "monitor", "probes"},
     "reports": {"continual", "detectors", "errors", "store", "values"},
     "demos": {"errors", "monitor"},
     "cli": {"demos", "errors", "reports", "store", "values"},
