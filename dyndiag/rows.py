@@ -18,6 +18,7 @@ class Rows:
     def __init__(self) -> None:
         self._rows: dict[int, dict[str, float | np.ndarray]] = {}
         self._waiting: list[tuple[int, tuple[str, ...], Tensor]] = []
+        self._arrays: list[tuple[int, str, Tensor]] = []
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -31,12 +32,12 @@ class Rows:
                 row |= value.columns(name)
             elif isinstance(value, np.ndarray) and value.ndim > 0:
                 assert isinstance(name, str)
-                row[name] = value
+                row[name] = value.copy()
             elif not isinstance(value, Tensor):
                 assert isinstance(name, str)
                 row[name] = float(value)
             elif isinstance(name, str) and value.dim() > 0:
-                row[name] = value.detach().cpu().numpy()
+                self._arrays.append((step, name, value.detach().clone()))
             else:
                 self._add_tensor(step, (name,) if isinstance(name, str) else name, value.detach())
 
@@ -50,7 +51,7 @@ class Rows:
             self._waiting.append((step, names, value.clone()))
 
     def to_host(self) -> list[Row]:
-        """All rows in step order, and forget them. One copy from each device."""
+        """All rows in step order, and forget them. One copy from each device, and one an array."""
         by_device: dict[torch.device, list[tuple[int, tuple[str, ...], Tensor]]] = {}
         for item in self._waiting:
             by_device.setdefault(item[2].device, []).append(item)
@@ -58,6 +59,8 @@ class Rows:
             numbers = iter(torch.cat([value.reshape(-1).double() for *_, value in items]).tolist())
             for step, names, _ in items:
                 self._rows[step].update({name: next(numbers) for name in names})
+        for step, name, array in self._arrays:
+            self._rows[step][name] = array.cpu().numpy()
         rows = sorted(self._rows.items())
-        self._rows, self._waiting = {}, []
+        self._rows, self._waiting, self._arrays = {}, [], []
         return rows
