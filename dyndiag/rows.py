@@ -60,6 +60,8 @@ class Rows:
             for step, names, _ in items:
                 self._rows[step].update({name: next(numbers) for name in names})
         for step, name, array in self._arrays:
+            if array.dtype == torch.bfloat16:  # which NumPy does not have
+                array = array.float()
             self._rows[step][name] = array.cpu().numpy()
         rows = sorted(self._rows.items())
         self._rows, self._waiting, self._arrays = {}, [], []

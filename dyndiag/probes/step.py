@@ -157,6 +157,7 @@ class StepWatch:
             if passing is None:
                 passing = self._pass(optimizer)
                 self._read_gradients(passing, step)
+            passing.scale = None  # a fused optimizer has divided the gradients themselves by it
             self._ask("after", passing, step)
             step.batch, step.loss, seen = self._forward.collect()
             step.seen |= seen
