@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dyndiag import curvature
+    from dyndiag import curvature, landscape
     from dyndiag.boundary import DyndiagWarning
     from dyndiag.errors import DyndiagError
     from dyndiag.monitor import Monitor
@@ -28,6 +28,7 @@ _HOMES = {
     "Monitor": "dyndiag.monitor",
     "Run": "dyndiag.store",
     "curvature": "dyndiag",
+    "landscape": "dyndiag",
     "report": "dyndiag.reports",
 }
 
@@ -39,6 +40,7 @@ __all__ = [
     "Monitor",
     "Run",
     "curvature",
+    "landscape",
     "report",
 ]
 
@@ -46,8 +48,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'dyndiag' has no attribute {name!r}")
-    if name == "curvature":
-        return importlib.import_module("dyndiag.curvature")
+    if _HOMES[name] == "dyndiag":  # a room
+        return importlib.import_module(f"dyndiag.{name}")
     return getattr(importlib.import_module(_HOMES[name]), name)
 
 
