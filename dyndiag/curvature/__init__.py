@@ -8,6 +8,7 @@ symmetric `Operator` will do. PyHessian's own algorithms are in `dyndiag.curvatu
 from __future__ import annotations
 
 from dyndiag.curvature.batch_sharpness import BatchSharpness, mean_batch_sharpness
+from dyndiag.curvature.coherence import Coherence, coherence
 from dyndiag.curvature.critical_learning_rate import (
     CriticalLearningRate,
     Crossing,
@@ -26,7 +27,13 @@ from dyndiag.curvature.eigenpairs import eigenpairs
 from dyndiag.curvature.fisher import Fisher, fisher
 from dyndiag.curvature.frobenius import frobenius_norm
 from dyndiag.curvature.gauss_newton import GaussNewton, gauss_newton
+from dyndiag.curvature.generalized_sharpness import GeneralizedSharpness, generalized_sharpness
+from dyndiag.curvature.gradient_flow import GradientFlowSharpness, gradient_flow_sharpness
 from dyndiag.curvature.hessian import Check, Engine, LossHessian, hessian, loss_hessian
+from dyndiag.curvature.neural_tangent_kernel import (
+    neural_tangent_kernel,
+    neural_tangent_kernel_sharpness,
+)
 from dyndiag.curvature.operator import Operator, block_diagonal, deflated, scaled, shifted
 from dyndiag.curvature.results import (
     Diagonal,
@@ -41,6 +48,7 @@ from dyndiag.curvature.trace import trace
 __all__ = [
     "BatchSharpness",
     "Check",
+    "Coherence",
     "CriticalLearningRate",
     "Crossing",
     "Diagonal",
@@ -49,6 +57,8 @@ __all__ = [
     "Fisher",
     "FrobeniusNorm",
     "GaussNewton",
+    "GeneralizedSharpness",
+    "GradientFlowSharpness",
     "LossHessian",
     "Operator",
     "Outcome",
@@ -56,6 +66,7 @@ __all__ = [
     "Trace",
     "batch_sharpness",
     "block_diagonal",
+    "coherence",
     "critical_learning_rate",
     "curvature_along",
     "deflated",
@@ -65,10 +76,14 @@ __all__ = [
     "fisher",
     "frobenius_norm",
     "gauss_newton",
+    "generalized_sharpness",
+    "gradient_flow_sharpness",
     "hessian",
     "loss_along",
     "loss_hessian",
     "mean_batch_sharpness",
+    "neural_tangent_kernel",
+    "neural_tangent_kernel_sharpness",
     "realised_edge",
     "scaled",
     "shifted",

@@ -11,7 +11,17 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dyndiag.errors import DyndiagError
-from dyndiag.optimizers import adagrad, adam, adamax, nadam, radam, rmsprop, sgd
+from dyndiag.optimizers import (
+    adadelta,
+    adagrad,
+    adam,
+    adamax,
+    asgd,
+    nadam,
+    radam,
+    rmsprop,
+    sgd,
+)
 from dyndiag.optimizers.rule import TensorRule, Unknown, UpdateRule
 
 _Read = Callable[[Mapping[str, Any], Mapping[str, Any], float], TensorRule | None]
@@ -24,6 +34,8 @@ _READS: tuple[tuple[type[Optimizer], _Read], ...] = (
     (torch.optim.NAdam, nadam.read),
     (torch.optim.RAdam, radam.read),
     (torch.optim.Adamax, adamax.read),
+    (torch.optim.Adadelta, adadelta.read),
+    (torch.optim.ASGD, asgd.read),
 )
 
 
@@ -50,6 +62,11 @@ def read_rule(
             f"parameter groups, but it holds {len(rates)}"
         )
     read = _read_of(optimizer)
+    if read is None and hasattr(optimizer, "base_optimizer"):
+        return Unknown(
+            f"{type(optimizer).__name__} wraps another optimizer, whose edge it moves (SAM: ask "
+            "for the probe SAMRatio)"
+        )
     if read is None:
         return Unknown(
             f"the stability threshold of {type(optimizer).__name__} is not known: known are "

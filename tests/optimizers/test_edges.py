@@ -12,7 +12,19 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, Adagrad, Adam, Adamax, AdamW, NAdam, Optimizer, RAdam, RMSprop
+from torch.optim import (
+    ASGD,
+    SGD,
+    Adadelta,
+    Adagrad,
+    Adam,
+    Adamax,
+    AdamW,
+    NAdam,
+    Optimizer,
+    RAdam,
+    RMSprop,
+)
 
 from dyndiag.curvature import eigenpairs
 from dyndiag.optimizers import UpdateRule, edge_operator, preconditioned_operator, read_rule
@@ -136,6 +148,11 @@ CASES: dict[str, tuple[Make, Freeze | None]] = {
         lambda p: Adamax(p, lr=RATE, betas=(BETA, KEEP), eps=0.0),
         frozen(exp_inf=torch.tensor([1.0, 2.0, 0.5]), step=LATE),
     ),
+    "adadelta": (
+        lambda p: Adadelta(p, lr=RATE, rho=KEEP, eps=0.0),
+        frozen(square_avg=torch.tensor([1.0, 4.0, 0.25]), acc_delta=torch.tensor([1.0, 0.3, 2.0])),
+    ),
+    "asgd": (lambda p: ASGD(p, lr=RATE, lambd=0.5, alpha=0.0, weight_decay=0.3), None),
 }
 
 
@@ -231,6 +248,20 @@ THRESHOLDS: dict[str, tuple[Make, Freeze | None, float]] = {
         frozen(exp_avg_sq=10_000 * 2**-53, step=9999.0, mu_product=0.0),
         86.7,
     ),
+    "nadam, at last": (
+        lambda p: NAdam(p, lr=RATE, betas=(BETA, KEEP), eps=0.0),
+        frozen(exp_avg_sq=1.0, step=LATE, mu_product=0.0),
+        135.71,
+    ),
+    "amsgrad": (*CASES["amsgrad"], 380.0),
+    "radam": (*CASES["radam, step 500"], 380.0),
+    "radam, not adaptive yet": (*CASES["radam, step 3, not adaptive yet"], 380.0),
+    "adamax": (*CASES["adamax"], 380.0),
+    "rmsprop, momentum": (*CASES["rmsprop, momentum"], 38.0),
+    "rmsprop, centred": (*CASES["rmsprop, centred"], 20.0),
+    "adagrad": (*CASES["adagrad"], 2 / (RATE / 1.9)),  # 1 + (10 − 1) · .1
+    "adadelta": (*CASES["adadelta"], 20.0),
+    "asgd": (lambda p: ASGD(p, lr=RATE, lambd=0.5, alpha=0.0), None, 19.5),
 }
 
 
@@ -283,3 +314,39 @@ def test_truth_for_mixed_groups():
     assert edge_ratio(hessian, rule_on(decoupled, hessian, 1, moments)) == pytest.approx(
         0.027542, abs=1e-6
     )
+
+
+def test_asgd_slows_down_as_its_state_does():
+    hessian = positive_definite(3, seed=3)
+    parameters = split(hessian)
+    optimizer = ASGD(parameters, lr=RATE, lambd=0.5, alpha=0.75)
+    for _ in range(20):
+        used = RATE if not optimizer.state else float(optimizer.state[parameters[0]]["eta"])
+        one_step(optimizer, parameters, hessian, None)
+        rule = read_rule(optimizer, parameters)
+        assert rule.tensors[0].learning_rate == pytest.approx(used, rel=1e-6)
+    assert rule.threshold() == pytest.approx(2 / used - 0.5)
+
+
+def test_adadelta_is_never_taken_for_frozen():
+    hessian = positive_definite(3, seed=3)
+    parameters = split(hessian)
+    optimizer = Adadelta(parameters, lr=RATE)
+    for _ in range(300):
+        one_step(optimizer, parameters, hessian, None)
+    assert read_rule(optimizer, parameters).warmup
+
+
+def test_adafactor_s_step_is_not_in_its_state():
+    """The same state, the same learning rate, other steps: its update's own length divides it."""
+    moved = []
+    for scale in (1.0, 3.0):
+        parameter = nn.Parameter(torch.ones(4))
+        optimizer = torch.optim.Adafactor([parameter], lr=0.01)
+        optimizer.state[parameter] = {"step": torch.tensor(99.0), "variance": torch.ones(4)}
+        parameter.grad = torch.full((4,), scale)
+        optimizer.param_groups[0]["beta2_decay"] = -40.0  # nothing of this gradient in the state
+        optimizer.step()
+        moved.append(float(1 - parameter[0].detach()))
+    assert moved[0] == pytest.approx(moved[1], rel=1e-4)  # not three times as far
+    assert "Adafactor is not known" in read_rule(optimizer, [parameter]).reason

@@ -51,7 +51,7 @@ def difference(loss: Loss, v: Tensor, step: Tensor | float) -> Tensor:
     """(∇L(θ + step · v) − ∇L(θ − step · v)) / (2 step). Two gradients."""
     sides = []
     for sign in (1, -1):
-        with loss.running(), _displaced(loss.weights, loss.split(sign * step * v)):
+        with loss.running(), displaced(loss.weights, loss.split(sign * step * v)):
             sides.append(loss.value_and_gradient(displaced=True)[:-1])
     return (sides[0] - sides[1]) / (2 * step)
 
@@ -88,7 +88,7 @@ def _best_step(loss: Loss, gradient: Tensor) -> tuple[Tensor, float]:
 
 
 @contextmanager
-def _displaced(weights: Sequence[Tensor], offsets: Sequence[Tensor]) -> Iterator[None]:
+def displaced(weights: Sequence[Tensor], offsets: Sequence[Tensor]) -> Iterator[None]:
     """The weights moved, then moved back by giving them their own memory again."""
     own = [w.data for w in weights]
     try:
