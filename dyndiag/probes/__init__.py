@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 from dyndiag import schedule
+from dyndiag.probes.checked_hessian import CheckedHessian
 from dyndiag.probes.continual import AfterSwitch, ContinualAccuracy
 from dyndiag.probes.curvature import BatchSharpness, Density, Sharpness, Trace
 from dyndiag.probes.forward import unwatched
@@ -42,13 +43,14 @@ class Probe(Protocol):
 def sampled_probes(share: float) -> tuple[ContinualAccuracy, list[Probe]]:
     """The probes that take passes of their own, with `share` of training time divided up."""
     continual = ContinualAccuracy(AfterSwitch(0.2 * share))
+    hessian = CheckedHessian()
     return continual, [
         Predictions(FixedInterval(0.1 * share)),
         RealisedEdge(Budget(0.05 * share, gradients=2)),
-        Sharpness(Budget(0.5 * share, gradients=40, advance=0.5 * schedule.GRACE)),
-        BatchSharpness(Budget(0.05 * share, gradients=4)),
-        Trace(Budget(0.05 * share, gradients=25)),
-        Density(Budget(0.05 * share, gradients=250)),
+        Sharpness(Budget(0.5 * share, gradients=40, advance=0.5 * schedule.GRACE), hessian),
+        BatchSharpness(Budget(0.05 * share, gradients=4), hessian),
+        Trace(Budget(0.05 * share, gradients=25), hessian),
+        Density(Budget(0.05 * share, gradients=250), hessian),
         continual,
     ]
 

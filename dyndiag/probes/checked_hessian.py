@@ -16,10 +16,10 @@ _FAST = "cached"
 class CheckedHessian:
     """One for all probes of a run: a custom kernel's second derivative can be silently wrong.
 
-    The first Hessian is built by `curvature.hessian`, which compares a product with finite
-    differences on a few examples (2 to 6 gradients of these). Where the kept graph of a gradient
-    stood the check, later ones are built without any; else each is built by the engine that was
-    chosen, and why is told once, in `notices`.
+    Before the first one `curvature.hessian` compares a product with finite differences on a few
+    examples (one gradient, and 2 to 6 of these examples). Where the kept graph of a gradient stands
+    the check, it is what every sample uses; else each is built by the engine that was chosen, and
+    why is told once, in `notices`.
     """
 
     def __init__(self) -> None:
@@ -38,18 +38,19 @@ class CheckedHessian:
 
     def _of(self, state: TrainState, batches: MicroBatches) -> LossHessian:
         assert state.loss_fn is not None
-        if self._engine == _FAST:
-            loss = partial(batches.loss, state.loss_fn, state.model)
-            return loss_hessian(loss, state.parameters)
-        found = hessian(
-            state.model, partial(_loss, state.loss_fn), batches, parameters=state.parameters
-        )
-        if self._engine is None and found.engine.name != _FAST:
-            self.notices.append(
-                f"Hessian-vector products by {found.engine.name}: {found.engine.reason}"
+        if self._engine != _FAST:
+            found = hessian(
+                state.model, partial(_loss, state.loss_fn), batches, parameters=state.parameters
             )
-        self._engine = found.engine.name
-        return found
+            if self._engine is None and found.engine.name != _FAST:
+                self.notices.append(
+                    f"Hessian-vector products by {found.engine.name}: {found.engine.reason}"
+                )
+            self._engine = found.engine.name
+            if self._engine != _FAST:
+                return found
+        loss = partial(batches.loss, state.loss_fn, state.model)
+        return loss_hessian(loss, state.parameters)
 
 
 def _loss(loss_fn: LossFunction, model: nn.Module, batches: MicroBatches) -> Tensor:

@@ -14,7 +14,6 @@ from dyndiag.batches import same_data
 from dyndiag.curvature import (
     Operator,
     batch_sharpness,
-    loss_hessian,
     spectral_density,
     trace,
 )
@@ -28,6 +27,7 @@ from dyndiag.optimizers import (
     read_rule,
     trace_ratio,
 )
+from dyndiag.probes.checked_hessian import CheckedHessian
 from dyndiag.probes.edge_watch import EdgeWatch
 from dyndiag.schedule import Schedule
 from dyndiag.state import Measurements, TrainState
@@ -69,10 +69,11 @@ class Sharpness:
 
     name = "Sharpness"
 
-    def __init__(self, due: Schedule) -> None:
+    def __init__(self, due: Schedule, hessian: CheckedHessian | None = None) -> None:
         self.due = due
+        self._hessian = hessian or CheckedHessian()
+        self.notices = self._hessian.notices
         self.applies = can_measure_loss
-        self.notices: list[str] = []
         generator = torch.Generator().manual_seed(0)
         self._followers = {name: Follower(generator, _TOLERANCE) for name in (*_SHARPNESS, _TWICE)}
         self._certified_at: dict[str, int] = {}
@@ -80,7 +81,7 @@ class Sharpness:
 
     def measure(self, state: TrainState) -> Measurements:
         state.model.eval()
-        hessian = loss_hessian(state.probe_loss, state.parameters)
+        hessian = self._hessian.of_probe(state)
         rule = read_rule(state.optimizer, state.parameters, state.learning_rates)
         if isinstance(rule, Unknown):
             self.notices.append(f"no threshold and no edge ratio: {rule.reason}")
@@ -183,8 +184,10 @@ class BatchSharpness:
 
     name = "BatchSharpness"
 
-    def __init__(self, due: Schedule) -> None:
+    def __init__(self, due: Schedule, hessian: CheckedHessian | None = None) -> None:
         self.due = due
+        self._hessian = hessian or CheckedHessian()
+        self.notices = self._hessian.notices
         self._lately: deque[float] = deque(maxlen=_BATCHES)
 
     def applies(self, state: TrainState) -> bool:
@@ -192,7 +195,7 @@ class BatchSharpness:
 
     def measure(self, state: TrainState) -> Measurements:
         state.model.eval()
-        value = batch_sharpness(loss_hessian(state.batch_loss, state.parameters))
+        value = batch_sharpness(self._hessian.of_batch(state))
         seen: Measurements = {"curvature/batch_sharpness": value}
         rate = _plain_sgd_rate(state)
         if rate is None:
@@ -235,14 +238,16 @@ class Trace:
 
     name = "Trace"
 
-    def __init__(self, due: Schedule) -> None:
+    def __init__(self, due: Schedule, hessian: CheckedHessian | None = None) -> None:
         self.due = due
+        self._hessian = hessian or CheckedHessian()
+        self.notices = self._hessian.notices
         self.applies = can_measure_loss
         self._generator = torch.Generator().manual_seed(1)
 
     def measure(self, state: TrainState) -> Measurements:
         state.model.eval()
-        hessian = loss_hessian(state.probe_loss, state.parameters)
+        hessian = self._hessian.of_probe(state)
         found = trace(hessian, max_products=10, generator=self._generator)
         norm, scatter = found.frobenius_norm, found.frobenius_norm_error
         sum_ = Estimate(
@@ -277,14 +282,16 @@ class Density:
 
     name = "Density"
 
-    def __init__(self, due: Schedule) -> None:
+    def __init__(self, due: Schedule, hessian: CheckedHessian | None = None) -> None:
         self.due = due
+        self._hessian = hessian or CheckedHessian()
+        self.notices = self._hessian.notices
         self.applies = can_measure_loss
         self._generator = torch.Generator().manual_seed(2)
 
     def measure(self, state: TrainState) -> Measurements:
         state.model.eval()
-        hessian = loss_hessian(state.probe_loss, state.parameters)
+        hessian = self._hessian.of_probe(state)
         found = spectral_density(hessian, probes=2, steps=50, generator=self._generator)
         half_spread = (found.highest - found.lowest) / 2
         return {

@@ -6,7 +6,6 @@ import math
 
 import torch
 
-from dyndiag.curvature import loss_hessian
 from dyndiag.curvature.follow import Follower
 from dyndiag.optimizers import (
     Unknown,
@@ -16,6 +15,7 @@ from dyndiag.optimizers import (
     sam_ratio,
     sam_threshold,
 )
+from dyndiag.probes.checked_hessian import CheckedHessian
 from dyndiag.probes.curvature import can_measure_loss
 from dyndiag.schedule import Budget, Schedule
 from dyndiag.state import Measurements, TrainState
@@ -53,7 +53,8 @@ class SAMRatio:
 
     def __init__(self, due: Schedule | None = None) -> None:
         self.due = due or Budget(0.01, gradients=20)
-        self.notices: list[str] = []
+        self._hessian = CheckedHessian()
+        self.notices = self._hessian.notices
         self._follower = Follower(torch.Generator().manual_seed(3))
 
     def applies(self, state: TrainState) -> bool:
@@ -66,7 +67,7 @@ class SAMRatio:
         if rule is None or isinstance(rule, Unknown):
             return {}
         state.model.eval()
-        hessian = loss_hessian(state.probe_loss, state.parameters)
+        hessian = self._hessian.of_probe(state)
         radius = rule.effective_radius(float(hessian.gradient.norm()))
         line = rule.base.edge_ratio_line()
         if line is None or rule.base.preconditioned:

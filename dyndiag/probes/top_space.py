@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dyndiag.curvature import eigenpairs, loss_hessian
+from dyndiag.curvature import eigenpairs
 from dyndiag.errors import DyndiagError
+from dyndiag.probes.checked_hessian import CheckedHessian
 from dyndiag.probes.curvature import can_measure_loss
 from dyndiag.probes.modules import MOST_PARTS, module_names
 from dyndiag.schedule import Budget, Schedule
@@ -52,6 +53,8 @@ class TopSpace:
             )
         self.due = due or Budget(0.01, gradients=250)
         self.applies = can_measure_loss
+        self._hessian = CheckedHessian()
+        self.notices = self._hessian.notices
         self._k = k
         self._names: tuple[str, ...] = ()
         self._last: Tensor | None = None
@@ -60,7 +63,7 @@ class TopSpace:
 
     def measure(self, state: TrainState) -> Measurements:
         state.model.eval()
-        hessian = loss_hessian(state.probe_loss, state.parameters)
+        hessian = self._hessian.of_probe(state)
         k = min(self._k, hessian.size)
         last = self._last if state.names == self._names else None
         if last is not None and last.shape != (k, hessian.size):
