@@ -21,7 +21,7 @@ ELSEWHERE = {
     "stability/realised_edge", "gradients/norm", "gradients/norm_clipped", "updates/ratio",
     "logits/max", "logits/log_partition", "attention/logit_max", "attention/logit_max_sampled",
     "predictions/entropy", "predictions/jsd", "predictions/instability", "predictions/loss",
-    "continual/accuracy", "continual/samples", "continual/task",
+    "continual/accuracy", "continual/samples", "continual/task", "continual/period",
 }  # fmt: skip
 
 
