@@ -32,8 +32,9 @@ def test_a_users_own_series_and_those_of_modules_are_drawn(tmp_path: Path) -> No
     drawn = {item.figure.title: item.figure for item in chapter.items if isinstance(item, Chart)}
     assert set(drawn) == {"RMS of activations", "Gradient along the weights", "Mine: reward"}
     assert drawn["RMS of activations"].marks[0].type == "rows"  # spreads over decades
-    assert [mark.label for mark in drawn["Gradient along the weights"].marks] == ["largest", "smallest"]
-    low = drawn["Gradient along the weights"].data[1].series
+    along = drawn["Gradient along the weights"]
+    assert [mark.label for mark in along.marks] == ["largest", "smallest"]
+    low = along.data[1].series
     assert low.at(18) == min(math.cos(2 + block) for block in range(3))
     (table,) = [item for item in chapter.items if isinstance(item, Table)]
     assert table.rows == (("weights/once", "1", "3.25", "3.25", "3.25", "3.25"),)
