@@ -1,7 +1,7 @@
 """Training-dynamics diagnostics for PyTorch: what is happening in a training, and how sure that is.
 
-Importing this package imports nothing heavy: torch comes with `Monitor` and `curvature`, pandas
-with `Run`, the report's tools with `report`.
+Importing this package imports nothing heavy: torch comes with `Monitor`, `curvature`, `probes` and
+`landscape`, pandas with `Run`, the report's tools with `report`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dyndiag import curvature, landscape
+    from dyndiag import continual, curvature, landscape, probes
     from dyndiag.boundary import DyndiagWarning
     from dyndiag.errors import DyndiagError
     from dyndiag.monitor import Monitor
@@ -27,8 +27,10 @@ _HOMES = {
     "Event": "dyndiag.values",
     "Monitor": "dyndiag.monitor",
     "Run": "dyndiag.store",
+    "continual": "dyndiag",
     "curvature": "dyndiag",
     "landscape": "dyndiag",
+    "probes": "dyndiag",
     "report": "dyndiag.reports",
 }
 
@@ -39,8 +41,10 @@ __all__ = [
     "Event",
     "Monitor",
     "Run",
+    "continual",
     "curvature",
     "landscape",
+    "probes",
     "report",
 ]
 

@@ -46,7 +46,8 @@ MAY_IMPORT = {
     "demos": {"errors", "monitor"},
     "cli": {"demos", "errors", "reports", "store", "values"},
     "__init__": {
-        "boundary", "curvature", "errors", "landscape", "monitor", "reports", "store", "values",
+        "boundary", "continual", "curvature", "errors", "landscape", "monitor", "probes",
+        "reports", "store", "values",
     },
     "__main__": {"cli"},
 }  # fmt: skip
@@ -162,8 +163,8 @@ def test_what_catches_everything_is_seen(code: str) -> None:
 
 def test_public_names() -> None:
     assert sorted(dyndiag.__all__) == [
-        "DyndiagError", "DyndiagWarning", "Estimate", "Event", "Monitor", "Run", "curvature",
-        "landscape", "report",
+        "DyndiagError", "DyndiagWarning", "Estimate", "Event", "Monitor", "Run", "continual",
+        "curvature", "landscape", "probes", "report",
     ]  # fmt: skip
     for name in dyndiag.__all__:
         assert getattr(dyndiag, name) is not None

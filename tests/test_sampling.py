@@ -11,7 +11,7 @@ import torch
 
 from dyndiag.boundary import Boundary, DyndiagWarning
 from dyndiag.probes.forward import ForwardWatch
-from dyndiag.probes.logits import OutputLogits
+from dyndiag.probes.logits.output import OutputLogits
 from dyndiag.sampling import Sampler
 from dyndiag.schedule import Every
 from dyndiag.state import Measurements, TrainState

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dyndiag.probes.generation import TraceInstability, check_settings, instability_of
-from dyndiag.probes.token_log_probabilities import top_log_probabilities
+from dyndiag.probes.language.generation import TraceInstability, check_settings, instability_of
+from dyndiag.probes.language.token_log_probabilities import top_log_probabilities
 
 try:
     from transformers import LogitsProcessor

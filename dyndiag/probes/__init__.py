@@ -1,69 +1,70 @@
-"""What is measured; one file a family.
+"""What is measured; one folder an area, one file a family.
 
-`StepWatch` reads the training step itself, always. The probes of `sampled_probes` take passes
-of their own, each on its share of the budget. The others are asked for by the user:
-`Monitor(..., probes=[…])`.
+`StepWatch` reads the training step itself, always; the probes of `sampled_probes` take passes of
+their own, each on its share of the budget. The others a user asks for, `Monitor(..., probes=[…])`:
+each states its series, its cost and how often it measures.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol, runtime_checkable
-
-from dyndiag import schedule
-from dyndiag.probes.checked_hessian import CheckedHessian
-from dyndiag.probes.continual import AfterSwitch, ContinualAccuracy
-from dyndiag.probes.curvature import BatchSharpness, Density, Sharpness, Trace
+from dyndiag.probes.activations.neural_collapse import NeuralCollapse
+from dyndiag.probes.activations.similarity import Similarity
+from dyndiag.probes.activations.statistics import Activations
+from dyndiag.probes.continual.accuracy import ContinualAccuracy
+from dyndiag.probes.continual.plasticity import Plasticity, plasticity
+from dyndiag.probes.curvature.sam import SAMRatio
 from dyndiag.probes.forward import unwatched
+from dyndiag.probes.gradients.adam_moments import AdamMoments
+from dyndiag.probes.gradients.cosines import Cosines
+from dyndiag.probes.gradients.history import GradientHistory
+from dyndiag.probes.gradients.noise_scale import NoiseScale
+from dyndiag.probes.gradients.parameter_norms import ParameterNorms
+from dyndiag.probes.gradients.top_space import TopSpace
+from dyndiag.probes.language.generation import TraceInstability, trace_instability
+from dyndiag.probes.language.policies import PolicySignals, policy_statistics
 from dyndiag.probes.passing import PassingStep, StepProbe
-from dyndiag.probes.predictions import Predictions
-from dyndiag.probes.stability import RealisedEdge
+from dyndiag.probes.predictions.class_imbalance import ClassImbalance
+from dyndiag.probes.predictions.input_jacobian import InputJacobian
+from dyndiag.probes.predictions.opposing_signals import LossQuantiles, OpposingSignals
+from dyndiag.probes.predictions.token_frequency import TokenFrequency
+from dyndiag.probes.sampled import Probe, sampled_probes
 from dyndiag.probes.step import Step, StepWatch, learning_rates
-from dyndiag.schedule import Budget, FixedInterval, Schedule
-from dyndiag.state import Measurements, TrainState
-
-
-@runtime_checkable
-class Probe(Protocol):
-    """Measures some series of one area, on its own schedule, inside the guard.
-
-    `applies` says, for nothing, whether there is anything to measure on. `notices`, if there is
-    such an attribute, holds sentences for the user, each told once.
-    """
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def due(self) -> Schedule: ...
-    @property
-    def applies(self) -> Callable[[TrainState], bool]: ...
-    def measure(self, state: TrainState) -> Measurements: ...
-
-
-def sampled_probes(share: float) -> tuple[ContinualAccuracy, list[Probe]]:
-    """The probes that take passes of their own, with `share` of training time divided up."""
-    continual = ContinualAccuracy(AfterSwitch(0.2 * share))
-    hessian = CheckedHessian()
-    return continual, [
-        Predictions(FixedInterval(0.1 * share)),
-        RealisedEdge(Budget(0.05 * share, gradients=2)),
-        Sharpness(Budget(0.5 * share, gradients=40, advance=0.5 * schedule.GRACE), hessian),
-        BatchSharpness(Budget(0.05 * share, gradients=4), hessian),
-        Trace(Budget(0.05 * share, gradients=25), hessian),
-        Density(Budget(0.05 * share, gradients=250), hessian),
-        continual,
-    ]
-
+from dyndiag.probes.weights.distances import WeightDistances
+from dyndiag.probes.weights.matrices import WeightMatrices
+from dyndiag.state import Measurements
 
 __all__ = [
+    "Activations",
+    "AdamMoments",
+    "ClassImbalance",
     "ContinualAccuracy",
+    "Cosines",
+    "GradientHistory",
+    "InputJacobian",
+    "LossQuantiles",
     "Measurements",
+    "NeuralCollapse",
+    "NoiseScale",
+    "OpposingSignals",
+    "ParameterNorms",
     "PassingStep",
+    "Plasticity",
+    "PolicySignals",
     "Probe",
+    "SAMRatio",
+    "Similarity",
     "Step",
     "StepProbe",
     "StepWatch",
+    "TokenFrequency",
+    "TopSpace",
+    "TraceInstability",
+    "WeightDistances",
+    "WeightMatrices",
     "learning_rates",
+    "plasticity",
+    "policy_statistics",
     "sampled_probes",
+    "trace_instability",
     "unwatched",
 ]

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dyndiag.batches import MicroBatches
-from dyndiag.probes.attention import AttentionLogits
 from dyndiag.probes.forward import Boundary, ForwardWatch
-from dyndiag.probes.gradients import GradientNorm
-from dyndiag.probes.logits import OutputLogits
+from dyndiag.probes.gradients.norm import GradientNorm
+from dyndiag.probes.logits.attention import AttentionLogits
+from dyndiag.probes.logits.output import OutputLogits
 from dyndiag.probes.passing import PassingStep, StepProbe
-from dyndiag.probes.updates import UpdateRatio
+from dyndiag.probes.weights.updates import UpdateRatio
 from dyndiag.state import Measurements, TrainState
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dyndiag.probes.generation import TraceInstability, trace_instability
+from dyndiag.probes.language.generation import TraceInstability, trace_instability
 
 transformers = pytest.importorskip("transformers")
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import dyndiag
 from dyndiag.continual import continual_metrics
 from dyndiag.errors import DyndiagError
-from dyndiag.probes.continual import AfterSwitch, ContinualAccuracy
+from dyndiag.probes.continual.accuracy import AfterSwitch, ContinualAccuracy
 from dyndiag.state import Task, TrainState
 from dyndiag.store import Writer
 from tests.continual.test_metrics import FIRST, SECOND

@@ -20,10 +20,15 @@ from torch import Tensor, nn
 
 import dyndiag
 from dyndiag.probes import Probe
-from dyndiag.probes.activations import Activations, block_output, unit_output, unit_shares
-from dyndiag.probes.features import effective_rank, gram
-from dyndiag.probes.neural_collapse import NeuralCollapse
-from dyndiag.probes.similarity import Similarity
+from dyndiag.probes.activations.features import effective_rank, gram
+from dyndiag.probes.activations.neural_collapse import NeuralCollapse
+from dyndiag.probes.activations.similarity import Similarity
+from dyndiag.probes.activations.statistics import (
+    Activations,
+    block_output,
+    unit_output,
+    unit_shares,
+)
 from dyndiag.schedule import Every
 from tests.models import KINDS, batches, cross_entropy, model_of
 from tests.probes.sampled import state_of, taken

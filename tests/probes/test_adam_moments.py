@@ -13,8 +13,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dyndiag.optimizers import UpdateRule, read_rule
-from dyndiag.probes import flat, second_moment
-from dyndiag.probes.adam_moments import AdamMoments
+from dyndiag.probes import flat
+from dyndiag.probes.gradients import second_moment
+from dyndiag.probes.gradients.adam_moments import AdamMoments
 from dyndiag.schedule import Every
 from tests.probes.stepping import give, parameters, passing, row, take
 

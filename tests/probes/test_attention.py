@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dyndiag.probes.attention import AttentionLogits
-from dyndiag.probes.attention_scores import FINDERS, Scores
-from dyndiag.probes.attention_statistics import entropies, maxima
 from dyndiag.probes.forward import ForwardWatch
-from dyndiag.probes.within_share import WithinShare
+from dyndiag.probes.logits.attention import AttentionLogits
+from dyndiag.probes.logits.attention_scores import FINDERS, Scores
+from dyndiag.probes.logits.attention_statistics import entropies, maxima
+from dyndiag.probes.logits.within_share import WithinShare
 from dyndiag.schedule import Every
 from dyndiag.state import Measurements
 from tests.models import Transformer, batches, mlp
@@ -556,7 +556,7 @@ def test_language_models(
 def test_layers_read_together_are_those_read_alone(
     stacks: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dyndiag.probes.attention._stacks", lambda device: stacks)
+    monkeypatch.setattr("dyndiag.probes.logits.attention._stacks", lambda device: stacks)
     torch.manual_seed(0)
     layers = [Layer(kind) for kind in ("causal", "bias", "causal", "torch", "causal")]
     model = nn.Sequential(*layers, layers[0])  # the first is called twice

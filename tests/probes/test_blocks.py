@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from dyndiag.batches import own_loss
-from dyndiag.probes.blocks import blocks, thinned
-from dyndiag.probes.features import feature_axis, hidden_of, samples, spread
-from dyndiag.probes.hidden import Followed, follow
+from dyndiag.probes.activations.blocks import blocks, thinned
+from dyndiag.probes.activations.features import feature_axis, hidden_of, samples, spread
+from dyndiag.probes.activations.hidden import Followed, follow
 from tests.models import model_of
 from tests.probes.sampled import state_of
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import dyndiag
 from dyndiag.batches import MicroBatches
-from dyndiag.probes.checked_hessian import CheckedHessian
+from dyndiag.probes.curvature.checked_hessian import CheckedHessian
 from dyndiag.state import TrainState
 from tests.curvature.test_engines import Custom, Detached
 from tests.models import batches, cross_entropy, mlp
@@ -39,7 +39,7 @@ def test_a_model_of_torchs_own_kernels_is_checked_once(
         checks.append(dyndiag.curvature.hessian(*given, **more).engine.check.outcome)
         return dyndiag.curvature.hessian(*given, **more)
 
-    monkeypatch.setattr("dyndiag.probes.checked_hessian.hessian", check)
+    monkeypatch.setattr("dyndiag.probes.curvature.checked_hessian.hessian", check)
     checked, here = CheckedHessian(), state(mlp(), count)
     first, second = checked.of_probe(here), checked.of_batch(here)
     assert checks == ["agrees"]

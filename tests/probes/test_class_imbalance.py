@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dyndiag.batches import MicroBatches
-from dyndiag.probes.class_imbalance import ClassImbalance
+from dyndiag.probes.predictions.class_imbalance import ClassImbalance
 from dyndiag.state import Measurements, TrainState
 from tests.models import batches, cross_entropy, mlp
 from tests.probes.test_predictions import Table, state_of, table_loss

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import dyndiag
 from dyndiag.errors import DyndiagError
-from dyndiag.probes.continual import AfterSwitch, ContinualAccuracy
+from dyndiag.probes.continual.accuracy import AfterSwitch, ContinualAccuracy
 from dyndiag.state import Task, TrainState
 from tests.models import batches, cross_entropy, mlp
 

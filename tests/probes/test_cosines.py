@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from dyndiag.probes.cosines import Cosines
+from dyndiag.probes.gradients.cosines import Cosines
 from dyndiag.schedule import Every
 from tests.probes.stepping import give, parameters, passing, row, take
 from tests.probes.test_adam_moments import NoWaiting

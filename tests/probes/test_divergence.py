@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dyndiag.probes.divergence import (
+from dyndiag.probes.predictions.divergence import (
     blocks,
     compare,
     entropy,

@@ -8,7 +8,7 @@ import numpy as np
 
 from dyndiag.detectors import replay
 from dyndiag.detectors.edge_of_stability import EdgeOfStability
-from dyndiag.probes.edge_watch import EdgeWatch
+from dyndiag.probes.curvature.edge_watch import EdgeWatch
 
 
 def test_its_thresholds_are_the_detectors() -> None:

@@ -21,9 +21,9 @@ from torch.utils.checkpoint import (
 )
 from torch.utils.flop_counter import FlopCounterMode
 
-from dyndiag.probes.attention import AttentionLogits
 from dyndiag.probes.forward import ForwardWatch, unwatched
-from dyndiag.probes.logits import OutputLogits
+from dyndiag.probes.logits.attention import AttentionLogits
+from dyndiag.probes.logits.output import OutputLogits
 from tests.models import Transformer, batches, mlp
 from tests.probes.test_step import Watched
 

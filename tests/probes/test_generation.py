@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dyndiag.errors import DyndiagError
-from dyndiag.probes.generation import TraceInstability, trace_instability
+from dyndiag.probes.language.generation import TraceInstability, trace_instability
 
 LN2 = math.log(2)
 WORKED = [[0.9, 0.1], [0.5, 0.5], [0.5, 0.5], [0.99, 0.01]]

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from dyndiag.errors import DyndiagError
-from dyndiag.probes import gradient_history
-from dyndiag.probes.gradient_history import GradientHistory, Running, adapted
+from dyndiag.probes.gradients import history as gradient_history
+from dyndiag.probes.gradients.history import GradientHistory, Running, adapted
 from tests.models import cross_entropy, mlp
 from tests.probes.stepping import give, parameters, passing, row, take
 from tests.probes.test_adam_moments import NoWaiting

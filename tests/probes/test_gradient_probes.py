@@ -12,12 +12,12 @@ from torch import nn
 
 import dyndiag
 from dyndiag.probes import Probe, StepProbe
-from dyndiag.probes.adam_moments import AdamMoments
-from dyndiag.probes.cosines import Cosines
-from dyndiag.probes.gradient_history import GradientHistory
-from dyndiag.probes.noise_scale import NoiseScale
-from dyndiag.probes.parameter_norms import ParameterNorms
-from dyndiag.probes.top_space import TopSpace
+from dyndiag.probes.gradients.adam_moments import AdamMoments
+from dyndiag.probes.gradients.cosines import Cosines
+from dyndiag.probes.gradients.history import GradientHistory
+from dyndiag.probes.gradients.noise_scale import NoiseScale
+from dyndiag.probes.gradients.parameter_norms import ParameterNorms
+from dyndiag.probes.gradients.top_space import TopSpace
 from dyndiag.schedule import Every
 from tests.models import batches, cross_entropy, model_of
 

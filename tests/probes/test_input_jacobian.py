@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dyndiag.batches import ForwardCall, MicroBatches
-from dyndiag.probes.input_jacobian import InputJacobian
+from dyndiag.probes.predictions.input_jacobian import InputJacobian
 from dyndiag.state import TrainState
 from dyndiag.values import Estimate
 from tests.models import Transformer, batches, cross_entropy, mlp, model_of

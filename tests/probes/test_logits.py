@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from dyndiag.batches import ForwardCall
 from dyndiag.probes.forward import ForwardWatch
-from dyndiag.probes.logit_statistics import rows
-from dyndiag.probes.logits import OutputLogits
+from dyndiag.probes.logits.output import OutputLogits
+from dyndiag.probes.logits.output_statistics import rows
 from tests.probes.test_attention import Largest, draw, tensors
 
 SERIES = {"max", "log_partition", "mean", "collapse", "smallest_gap"}

@@ -16,9 +16,9 @@ from torch.nn.utils import parametrizations
 
 import dyndiag
 from dyndiag.probes import Probe, StepProbe, matrices
-from dyndiag.probes.input_jacobian import InputJacobian
-from dyndiag.probes.matrices import WeightMatrices
-from dyndiag.probes.weights import WeightDistances
+from dyndiag.probes.predictions.input_jacobian import InputJacobian
+from dyndiag.probes.weights.distances import WeightDistances
+from dyndiag.probes.weights.matrices import WeightMatrices
 from dyndiag.schedule import Every
 from dyndiag.state import TrainState
 from dyndiag.values import Estimate

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import dyndiag
 from dyndiag.batches import own_loss
-from dyndiag.probes.neural_collapse import NeuralCollapse, collapse
+from dyndiag.probes.activations.neural_collapse import NeuralCollapse, collapse
 from dyndiag.schedule import Every
 from tests.models import batches, cross_entropy, model_of
 from tests.probes.sampled import state_of, taken

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dyndiag.batches import MicroBatches
 from dyndiag.demos import digits
-from dyndiag.probes.noise_scale import NoiseScale, unbiased
+from dyndiag.probes.gradients.noise_scale import NoiseScale, unbiased
 from dyndiag.schedule import Every
 from dyndiag.state import TrainState
 from tests.models import cross_entropy
@@ -93,7 +93,9 @@ def test_means_are_taken_apart_and_then_divided(monkeypatch: pytest.MonkeyPatch)
     estimates = [(4.0, -1.0), (2.0, 1.0), (6.0, 3.0), (math.nan, 1.0), (1.0, 1.0)]
     scales = []
     for estimate in estimates:
-        monkeypatch.setattr("dyndiag.probes.noise_scale.unbiased", lambda *_, e=estimate: e)
+        monkeypatch.setattr(
+            "dyndiag.probes.gradients.noise_scale.unbiased", lambda *_, e=estimate: e
+        )
         scales.append(row(probe.measure(state))["gradients/noise_scale"])
     assert math.isnan(scales[0])
     assert scales[1] == pytest.approx((0.99 * 4 + 2) / (0.99 * -1 + 1))

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dyndiag.batches import ForwardCall, own_loss
-from dyndiag.probes.class_imbalance import ClassImbalance
-from dyndiag.probes.example_losses import example_losses
-from dyndiag.probes.opposing_signals import LossQuantiles, OpposingSignals
+from dyndiag.probes.predictions.class_imbalance import ClassImbalance
+from dyndiag.probes.predictions.example_losses import example_losses
+from dyndiag.probes.predictions.opposing_signals import LossQuantiles, OpposingSignals
 from dyndiag.schedule import Every
 from dyndiag.state import Measurements, TrainState
 from tests.models import ConvNet, batches, cross_entropy, mlp

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from dyndiag.probes.parameter_norms import ParameterNorms
+from dyndiag.probes.gradients.parameter_norms import ParameterNorms
 from dyndiag.schedule import Every
 from tests.models import batches, cross_entropy, mlp
 from tests.probes.stepping import give, parameters, passing, row, take

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import dyndiag
 from dyndiag.errors import DyndiagError
-from dyndiag.probes.plasticity import Plasticity, plasticity
+from dyndiag.probes.continual.plasticity import Plasticity, plasticity
 from tests.loops import sgd, train
 from tests.models import batches, cross_entropy, mlp, model_of
 

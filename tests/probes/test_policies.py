@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import dyndiag
 from dyndiag.errors import DyndiagError
-from dyndiag.probes.policies import PolicySignals, policy_statistics, token_entropy
+from dyndiag.probes.language.policies import PolicySignals, policy_statistics, token_entropy
 
 F64 = torch.float64
 

@@ -11,9 +11,9 @@ import torch
 
 import dyndiag
 from dyndiag.probes import Probe
-from dyndiag.probes.class_imbalance import ClassImbalance
-from dyndiag.probes.opposing_signals import LossQuantiles, OpposingSignals
-from dyndiag.probes.token_frequency import TokenFrequency
+from dyndiag.probes.predictions.class_imbalance import ClassImbalance
+from dyndiag.probes.predictions.opposing_signals import LossQuantiles, OpposingSignals
+from dyndiag.probes.predictions.token_frequency import TokenFrequency
 from dyndiag.schedule import Every
 from tests.models import batches, cross_entropy, model_of
 from tests.promises.test_leaves_no_trace import everything

@@ -14,7 +14,7 @@ from torch.optim import SGD, Adam, Optimizer
 import dyndiag
 from dyndiag.batches import MicroBatches
 from dyndiag.optimizers import sam_threshold
-from dyndiag.probes.sam import SAMRatio
+from dyndiag.probes.curvature.sam import SAMRatio
 from dyndiag.schedule import Every
 from dyndiag.state import TrainState
 from dyndiag.values import Estimate

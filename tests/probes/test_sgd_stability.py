@@ -14,7 +14,7 @@ from torch.optim import SGD, Adam, Optimizer
 
 import dyndiag
 from dyndiag.batches import MicroBatches
-from dyndiag.probes.curvature import BatchSharpness, Trace
+from dyndiag.probes.curvature.minibatch import BatchSharpness, Trace
 from dyndiag.schedule import Every
 from dyndiag.state import TrainState
 from dyndiag.values import Estimate

@@ -13,7 +13,7 @@ from dyndiag.curvature import Operator, eigenpairs
 from dyndiag.curvature.follow import Followed
 from dyndiag.detectors import replay
 from dyndiag.detectors.edge_of_stability import EdgeOfStability
-from dyndiag.probes.curvature import Sharpness
+from dyndiag.probes.curvature.sharpness import Sharpness
 from dyndiag.schedule import Every
 from dyndiag.state import TrainState
 from dyndiag.values import Estimate
@@ -67,7 +67,7 @@ def test_the_same_edge_for_less(kind: str, monkeypatch: pytest.MonkeyPatch) -> N
     optimizer = make(model.parameters(), lr=rate)
     followed = Sharpness(Every(1))
     with monkeypatch.context() as patch:
-        patch.setattr("dyndiag.probes.curvature.Follower", Certified)
+        patch.setattr("dyndiag.probes.curvature.sharpness.Follower", Certified)
         certified = Sharpness(Every(1))
     rows: dict[Sharpness, list[tuple[int, Mapping[str, float]]]] = {followed: [], certified: []}
     for step in range(steps):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import dyndiag
-from dyndiag.probes.similarity import Similarity, centred_similarities
+from dyndiag.probes.activations.similarity import Similarity, centred_similarities
 from dyndiag.schedule import Every, FixedInterval
 from tests.models import cross_entropy
 from tests.probes.sampled import state_of, taken

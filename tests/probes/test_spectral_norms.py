@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dyndiag.curvature import Operator
-from dyndiag.probes import spectral_norms
-from dyndiag.probes.spectral_norms import (
+from dyndiag.probes.weights import spectral_norms
+from dyndiag.probes.weights.spectral_norms import (
     circular_gram,
     condition_number,
     effective_rank,

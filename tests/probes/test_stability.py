@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dyndiag.batches import MicroBatches
 from dyndiag.curvature import realised_edge
-from dyndiag.probes.stability import RealisedEdge
+from dyndiag.probes.curvature.realised_edge import RealisedEdge
 from dyndiag.schedule import Every
 from dyndiag.state import TrainState
 

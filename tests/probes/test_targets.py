@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from dyndiag.batches import MicroBatches, own_loss
 from dyndiag.errors import DyndiagError
-from dyndiag.probes.calibration import calibration_error
-from dyndiag.probes.outputs import one_pass, passes
-from dyndiag.probes.targets import correct_predictions, targets_of
+from dyndiag.probes.predictions.calibration import calibration_error
+from dyndiag.probes.predictions.outputs import one_pass, passes
+from dyndiag.probes.predictions.targets import correct_predictions, targets_of
 from tests.models import batches, mlp
 from tests.probes.test_predictions import Table, log, table_loss
 

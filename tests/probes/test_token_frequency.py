@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dyndiag.batches import own_loss
 from dyndiag.errors import DyndiagError
-from dyndiag.probes.token_frequency import TokenFrequency, frequency_deciles
+from dyndiag.probes.predictions.token_frequency import TokenFrequency, frequency_deciles
 from tests.probes.test_predictions import Table, state_of, table_loss
 from tests.probes.test_targets import TOKENS, LanguageModel
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from dyndiag.batches import MicroBatches
 from dyndiag.errors import DyndiagError
-from dyndiag.probes.cosines import Cosines
-from dyndiag.probes.top_space import TopSpace
+from dyndiag.probes.gradients.cosines import Cosines
+from dyndiag.probes.gradients.top_space import TopSpace
 from dyndiag.schedule import Every
 from dyndiag.state import TrainState
 from tests.models import batches, cross_entropy, mlp

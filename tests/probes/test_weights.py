@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import dyndiag
 from dyndiag.probes import StepProbe, weights
 from dyndiag.probes.passing import PassingStep
-from dyndiag.probes.weights import WeightDistances
+from dyndiag.probes.weights.distances import WeightDistances
 from dyndiag.rows import Rows
 from dyndiag.schedule import Every
 from tests.models import batches, cross_entropy, mlp

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import dyndiag
 from dyndiag.boundary import Boundary
 from dyndiag.probes import StepWatch
-from dyndiag.probes.continual import AfterSwitch
+from dyndiag.probes.continual.accuracy import AfterSwitch
 from dyndiag.schedule import Budget, FixedInterval, Schedule, credited
 from dyndiag.state import Measurements, TrainState
 from tests.models import Transformer, batches, cross_entropy, mlp

@@ -1,0 +1,1 @@
+"""What is inside the model on the fixed probe batch."""

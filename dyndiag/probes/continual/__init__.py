@@ -1,0 +1,1 @@
+"""Continual learning: accuracy by task, and plasticity."""

@@ -1,0 +1,1 @@
+"""Gradients, as the optimizer uses them."""

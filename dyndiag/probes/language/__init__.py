@@ -1,0 +1,1 @@
+"""Language models: token policies, and traces of what they generate."""

@@ -1,0 +1,1 @@
+"""Logits of attention and of the output, read off the training's own forward passes."""

@@ -1,0 +1,1 @@
+"""What the model predicts on the fixed probe batch."""

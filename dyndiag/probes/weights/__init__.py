@@ -1,0 +1,1 @@
+"""Weights, and how steps move them."""
