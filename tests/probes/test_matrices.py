@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import dyndiag
-from dyndiag.probes import Probe, StepProbe, matrices
+from dyndiag.probes import Probe, StepProbe
 from dyndiag.probes.predictions.input_jacobian import InputJacobian
+from dyndiag.probes.weights import matrices
 from dyndiag.probes.weights.distances import WeightDistances
 from dyndiag.probes.weights.matrices import WeightMatrices
 from dyndiag.schedule import Every

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import dyndiag
-from dyndiag.probes import StepProbe, weights
+from dyndiag.probes import StepProbe
 from dyndiag.probes.passing import PassingStep
+from dyndiag.probes.weights import distances as weights
 from dyndiag.probes.weights.distances import WeightDistances
 from dyndiag.rows import Rows
 from dyndiag.schedule import Every

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,9 +26,9 @@ class Pass:
     logits: Tensor | None
     """(…, classes), as the model gave them; None where it gave no class scores."""
 
-    @cached_property
+    @property
     def scores(self) -> Tensor:
-        """The logits as (positions, classes)."""
+        """The logits as (positions, classes), with their graph where gradients are on."""
         assert self.logits is not None
         return self.logits.reshape(-1, self.logits.shape[-1])
 
