@@ -273,7 +273,7 @@ class Monitor:
             with self._boundary("train/loss"):
                 if isinstance(loss, Tensor):
                     check_scalar_loss(loss)
-                    loss = loss.detach().reshape(())
+                    loss = loss.detach() if loss.dim() == 0 else loss.detach().reshape(())
                 self._rows.add(step, {"train/loss": loss})
 
     def _state(self, step: int, taken: Step, batch: Batch) -> TrainState:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -55,6 +56,14 @@ class ModuleNorms:
         # Each adds to everything and to its module, in one call: on small models calls cost most.
         total.put_(index, squared.expand(2, -1), accumulate=True)
         return total if present is None else total.masked_fill_(absent, torch.nan)
+
+    def on_host(self, norms: Sequence[float]) -> list[float]:
+        """Norms over everything, then of each module, from numbers of all parameters."""
+        sums = [0.0] * (1 + len(self.modules))
+        for position, norm in zip(self._positions, norms, strict=True):
+            sums[position] += norm * norm
+        sums[0] = sum(sums)
+        return [math.sqrt(square) for square in sums]
 
     def _indices(self, device: torch.device, present: tuple[bool, ...] | None) -> _Indices:
         """Which norms are kept, where each adds, and which sums nothing adds to."""

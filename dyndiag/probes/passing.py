@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -50,25 +51,36 @@ class PassingStep:
     """What a fused optimizer divides the gradients by; else None."""
 
     @cached_property
+    def _grads(self) -> list[Tensor | None]:
+        return [p.grad for p in self.parameters]  # each access makes a Python object: once
+
+    @cached_property
     def gradients(self) -> list[Tensor | None]:
         """As the optimizer uses them: clipped if the loop clips, unscaled; None if there is none.
 
         Not to be changed or kept: they are the training's own, unless `scale` is set.
         """
-        grads: list[Tensor | None] = [p.grad for p in self.parameters]
         if self.scale is None:
-            return grads
-        return [None if g is None else g / self.scale.to(g.device, g.dtype) for g in grads]
+            return self._grads
+        scale = self.scale
+        return [None if g is None else g / scale.to(g.device, g.dtype) for g in self._grads]
 
     @cached_property
     def present(self) -> tuple[bool, ...]:
         """Which parameters have a gradient."""
-        return tuple([p.grad is not None for p in self.parameters])
+        return tuple([grad is not None for grad in self._grads])
+
+    @cached_property
+    def norms_on_host(self) -> list[float] | None:
+        """‖g‖₂ of each parameter, NaN without a gradient; None where a device had to be asked."""
+        return None if self.scale is not None else norms_on_host(self._grads)
 
     @cached_property
     def gradient_norms(self) -> Tensor:
         """‖g‖₂ of each parameter's `gradients`, (parameters,), float64; NaN without a gradient."""
-        found = norms([p.grad for p in self.parameters])
+        if self.norms_on_host is not None:
+            return torch.tensor(self.norms_on_host, dtype=torch.float64)
+        found = norms(self._grads)
         return found if self.scale is None else found / self.scale.to(found.device)
 
 
@@ -78,24 +90,41 @@ def norms(tensors: Sequence[Tensor | None]) -> Tensor:
 
     Accumulated in the tensors' precision, float32 at least. Cost: one read; no host sync.
     """
-    found = [_values(tensor) for tensor in tensors if tensor is not None]
-    if not found:
-        return torch.full((len(tensors),), torch.nan, dtype=torch.float64)
-    device = found[0].device
-    double = any(tensor.dtype == torch.float64 for tensor in found)
-    each = torch._foreach_norm(found, 2, dtype=torch.float64 if double else torch.float32)
-    if any(norm.device != device for norm in each):
-        each = tuple(norm.to(device) for norm in each)
-    if device.type == "cpu":  # nothing to wait for, and a third of what stacking costs
-        stacked = torch.tensor([norm.item() for norm in each], dtype=torch.float64)
-    else:
-        stacked = torch.stack(each).double()
-    if len(found) == len(tensors):
+    numbers = norms_on_host(tensors)
+    if numbers is not None:
+        return torch.tensor(numbers, dtype=torch.float64)
+    present = [i for i, tensor in enumerate(tensors) if tensor is not None]
+    each = _each_norm([tensor for tensor in tensors if tensor is not None])
+    device = each[0].device
+    stacked = torch.stack([norm.to(device) for norm in each]).double()
+    if len(present) == len(tensors):
         return stacked
     all_of_them = torch.full((len(tensors),), torch.nan, dtype=torch.float64, device=device)
-    present = [i for i, tensor in enumerate(tensors) if tensor is not None]
     all_of_them[torch.tensor(present, device=device)] = stacked
     return all_of_them
+
+
+@torch.no_grad()
+def norms_on_host(tensors: Sequence[Tensor | None]) -> list[float] | None:
+    """The same as numbers, where no device has to be waited for; else None.
+
+    On a CPU the calls on many small tensors would cost as much again as the norms.
+    """
+    found = [tensor for tensor in tensors if tensor is not None]
+    if not all(tensor.is_cpu for tensor in found):
+        return None
+    numbers = [norm.item() for norm in _each_norm(found)] if found else []
+    if len(found) == len(tensors):
+        return numbers
+    left = iter(numbers)
+    return [math.nan if tensor is None else next(left) for tensor in tensors]
+
+
+def _each_norm(tensors: list[Tensor]) -> Sequence[Tensor]:
+    if any(tensor.layout is not torch.strided or tensor.is_complex() for tensor in tensors):
+        tensors = [_values(tensor) for tensor in tensors]
+    double = any(tensor.dtype is torch.float64 for tensor in tensors)
+    return torch._foreach_norm(tensors, 2, dtype=torch.float64 if double else torch.float32)
 
 
 def _values(tensor: Tensor) -> Tensor:

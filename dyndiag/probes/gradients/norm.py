@@ -83,12 +83,15 @@ class GradientNorm:
         if not any(step.present):
             return {}
         self._steps += 1
-        norms = self._norms.squares(step.gradient_norms, step.present).sqrt_()
         changed = self._changed()
         shrunk = self._shrunk() if changed else []
         self._seen.clear()
         if self._steps == _WATCH_ALL and not self._changes and not changed and self._comparable:
             self._watch(all_of_them=False)
+        if not changed and step.norms_on_host is not None and all(step.present):
+            norms_on_host = self._norms.on_host(step.norms_on_host)
+            return dict(zip(self._all_names, norms_on_host, strict=True))
+        norms = self._norms.squares(step.gradient_norms, step.present).sqrt_()
         if not changed:
             return self._series(norms, step.present)
         self._changes += 1

@@ -52,7 +52,7 @@ class AttentionLogits:
     kernels of other packages, compiled modules, and what runs under selective checkpointing.
 
     When: as said in the first 500 steps. From there on the eighth at every step as long as that
-    takes at most 0.25 % of the time from the first forward of a step to the end of its optimizer
+    takes at most 0.1 % of the time from the first forward of a step to the end of its optimizer
     step, else at odd intervals; the rest at every 11th step, or at odd multiples, within 0.05 %.
     (Or in 0.25 s each, if that is more, spread over the logarithm of time.) What counts is the
     time of the training's thread: on an accelerator that of the launches.
@@ -69,7 +69,7 @@ class AttentionLogits:
     def __init__(self, model: nn.Module, boundary: Boundary = unguarded) -> None:
         self._boundary = boundary
         self._calls = AttentionCalls(model, self._read, boundary)
-        self._eighth_due = WithinShare(0.0025)
+        self._eighth_due = WithinShare(0.001)
         self._all_due = WithinShare(0.0005, Every(11))
         self._eighth = self._all = self._live = False
         self._training_seconds = self._spent = 0.0
