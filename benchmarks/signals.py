@@ -30,7 +30,7 @@ SAMPLED = [
     "NoiseScale", "OpposingSignals", "SAMRatio", "Similarity", "TokenFrequency", "TopSpace",
     "WeightMatrices",
 ]  # fmt: skip
-DEFAULT = {"Predictions": 11, "BatchSharpness": 11, "Trace": 11, "Density": 33, "Sharpness": 11}
+DEFAULT = {"BatchSharpness": 11, "Trace": 11, "Density": 33, "Sharpness": 11}
 """Of the default set, with what stands in for its schedule here."""
 
 
