@@ -48,7 +48,10 @@ def truth(z: Tensor, of: int) -> dict[str, Tensor]:
 def tensors(seen: Measurements, area: str) -> dict[str, Tensor]:
     found = {}
     for name, value in seen.items():
-        assert isinstance(name, str) and isinstance(value, Tensor)
+        assert isinstance(name, str)
+        if isinstance(value, float):  # a number at once, on a CPU
+            value = torch.tensor(value, dtype=torch.float64)
+        assert isinstance(value, Tensor)
         assert name.startswith(area)
         found[name.removeprefix(area)] = value
     return found
