@@ -12,7 +12,7 @@ from dyndiag.probes.curvature.density import Density
 from dyndiag.probes.curvature.minibatch import BatchSharpness, Trace
 from dyndiag.probes.curvature.realised_edge import RealisedEdge
 from dyndiag.probes.curvature.sharpness import Sharpness
-from dyndiag.probes.predictions.default import Predictions
+from dyndiag.probes.predictions.predictions import Predictions
 from dyndiag.schedule import Budget, FixedInterval, Schedule
 from dyndiag.state import Measurements, TrainState
 

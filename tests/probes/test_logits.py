@@ -255,3 +255,12 @@ def test_softmax_collapses_past_full_accuracy_and_the_sooner_the_fewer_bits(seed
     assert max(double) < 0.05
     assert all(a >= b >= c for a, b, c in shares)
     assert gaps[-1] > 7.6
+
+
+@pytest.mark.parametrize("order", [(1.0, math.nan, 2.0), (math.nan, 2.0), (2.0, 1.0, math.nan)])
+def test_a_micro_batch_without_a_number_is_not_passed_over(order: tuple[float, ...]) -> None:
+    observer = OutputLogits()
+    observer.started(1)
+    for value in order:
+        observer.finished(ForwardCall(), torch.tensor([[value, 0.0]]))
+    assert math.isnan(float(observer.collect()["logits/max"]))  # type: ignore[arg-type]

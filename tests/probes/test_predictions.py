@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from dyndiag.batches import ForwardCall, MicroBatches
-from dyndiag.probes.predictions.default import Predictions
+from dyndiag.probes.predictions.predictions import Predictions
 from dyndiag.schedule import FixedInterval
 from dyndiag.state import TrainState
 

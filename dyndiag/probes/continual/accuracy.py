@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dyndiag.errors import DyndiagError
-from dyndiag.probes.predictions.default import correct_predictions
+from dyndiag.probes.predictions.targets import correct_predictions
 from dyndiag.state import Measurements, Task, TrainState
 
 _DENSE = 100

@@ -6,7 +6,7 @@ import torch
 
 from dyndiag.curvature import realised_edge
 from dyndiag.optimizers import Unknown, read_rule
-from dyndiag.probes.predictions.default import value_without_graph
+from dyndiag.probes.predictions.outputs import value_without_graph
 from dyndiag.schedule import Schedule
 from dyndiag.state import Measurements, TrainState
 

@@ -13,10 +13,9 @@ from dyndiag.probes.predictions.divergence import (
     Distributions,
     Positions,
     compare,
-    jensen_shannon_divergence,
 )
-from dyndiag.probes.predictions.outputs import Pass, passes, value_without_graph
-from dyndiag.probes.predictions.targets import correct_predictions, targets_of
+from dyndiag.probes.predictions.outputs import Pass, passes
+from dyndiag.probes.predictions.targets import targets_of
 from dyndiag.schedule import FixedInterval
 from dyndiag.state import Measurements, TrainState
 
@@ -154,11 +153,3 @@ def _against_targets(parts: Sequence[_Part]) -> Measurements:
         "predictions/accuracy": (hits & count).sum() / count.sum(),
         "predictions/calibration_error": calibration_error(confidence, hits, count),
     }
-
-
-__all__ = [
-    "Predictions",
-    "correct_predictions",
-    "jensen_shannon_divergence",
-    "value_without_graph",
-]
