@@ -58,3 +58,13 @@ def test_the_page_with_them_is_made(tmp_path: Path) -> None:
     hostile = {"mine/<script>alert(1)</script>": 1.0}
     page = page_of(contents(Run(write(tmp_path / "run", rows(**hostile)))))
     assert "Mine: reward" in page and "<script>alert(1)" not in page
+
+
+def test_shares_are_drawn_to_scale_and_what_grows_by_decades_is_not(tmp_path: Path) -> None:
+    both = [
+        (step, {"mine/share": (step + 1) / 41, "mine/size": 10.0 ** (step / 10)})
+        for step in range(40)
+    ]
+    items = others(contents(Run(write(tmp_path / "run", both)))).items
+    drawn = {item.figure.title: item.figure.y for item in items if isinstance(item, Chart)}
+    assert drawn == {"Mine: share": {}, "Mine: size": {"type": "log"}}

@@ -66,9 +66,11 @@ def _figure(c: Contents, quantity: str, names: Sequence[str]) -> Figure | None:
         if len(c.series[quantity]) < 2:
             return None
         label = quantity.partition("/")[2].replace("_", " ")
+        values = c.series[quantity].values
         return figures.plain_line(
-            c, quantity, title(quantity), unit(quantity), label, id=id, height=120, cls="s1"
-        )
+            c, quantity, title(quantity), unit(quantity), label, id=id, height=120, cls="s1",
+            log=bool(np.any(values > 1)),  # shares and probabilities are read from 0 to 1
+        )  # fmt: skip
     parts = [name for name in names if name != quantity]
     return figures.by_part(c, quantity, parts, title(quantity), unit(quantity), id)
 
