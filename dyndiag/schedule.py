@@ -10,6 +10,8 @@ GRACE = 2.0
 """Seconds of passes that every run may take, whatever their share: toy runs are seen whole."""
 _INSTANT = 1e-3
 """Seconds; the logarithm of time begins here."""
+_FIRST_STEPS = 250
+"""For each second of `GRACE`: steps that are read whole, whatever that takes."""
 
 
 class Schedule(Protocol):
@@ -121,4 +123,34 @@ class FixedInterval:
 
     def paid(self, step: int, seconds: float) -> None:
         self._last, self._cost = step, seconds
+        self._spent += seconds
+
+
+class WithinShare:
+    """For readings that are cheap, but not for nothing: as often as `at_most` in the first steps
+    (500), and later as long as they take at most a share of the time since then; else at odd
+    multiples of that. (Or a quarter of a second in all, if that is more, spread over the logarithm
+    of time.)"""
+
+    def __init__(self, share: float, at_most: Every | None = None) -> None:
+        self._share, self._at_most = share, at_most or Every(1)
+        self._steps = self._passed = 0
+        self._since = self._spent = 0.0
+
+    def due(self, step: int, seconds: float) -> bool:
+        """Ask once a step; `seconds`: any clock's."""
+        self._steps += 1
+        if self._steps <= max(1, _FIRST_STEPS * GRACE):
+            self._since, self._spent = seconds, 0.0
+        if not self._at_most.due(step):
+            return False
+        self._passed += 1
+        worth = self._share * credited(seconds - self._since, self._share, GRACE / 8)
+        if self._passed % 2 == 0 or self._spent > worth:
+            return False
+        self._passed = 0
+        return True
+
+    def paid(self, seconds: float) -> None:
+        """A reading has cost `seconds`."""
         self._spent += seconds

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
+import hypothesis.strategies as st
 import pytest
 import torch
+from hypothesis import given
 
 from dyndiag.boundary import Boundary, DyndiagWarning
 from dyndiag.probes.forward import ForwardWatch
 from dyndiag.probes.logits.output import OutputLogits
 from dyndiag.sampling import Sampler
-from dyndiag.schedule import Every
+from dyndiag.schedule import Every, WithinShare
 from dyndiag.state import Measurements, TrainState
 from dyndiag.values import Estimate
 from tests.models import mlp
@@ -88,3 +91,28 @@ def test_a_probe_that_fails_is_counted_and_gives_nothing() -> None:
     assert setting.boundary.failures == {"Probe": 1}
     assert setting.kept == [{}]
     assert setting.sampler.cost == {}
+
+
+@given(
+    share=st.floats(1e-3, 0.05), cost=st.floats(1e-5, 0.1), grace=st.floats(0, 2),
+    n=st.sampled_from([1, 11]),
+)  # fmt: skip
+def test_readings_keep_to_their_share(share: float, cost: float, grace: float, n: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dyndiag.schedule.GRACE", grace)
+        due = WithinShare(share, Every(n))
+        taken, seconds, first, later = [], 0.0, max(1, int(250 * grace)), 0
+        for step in range(3000):
+            if due.due(step, seconds):
+                late = seconds - 0.05 * (first - 1)
+                assert later * cost <= max(grace / 8, share * late) + cost + 1e-9
+                later += step >= first
+                due.paid(cost)
+                taken.append(step)
+            seconds += 0.05
+    assert taken[: first // n] == list(range(0, 3000, n))[: first // n]
+    assert all((b - a) % (2 * n) == n for a, b in pairwise(taken))  # odd multiples of n
+    if cost <= 0.99 * share * 0.05 * n:
+        assert taken == list(range(0, 3000, n))
+    elif grace == 0:
+        assert len(taken) * cost >= share * seconds - 2 * n * (cost + share * 0.05)

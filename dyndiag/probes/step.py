@@ -113,8 +113,8 @@ class StepWatch:
             self._begins(True)
             step = Step(learning_rates(optimizer))
             self._step = step
-            if self._parameters and self._updates.due.due(self.step):
-                step.weights_before = UpdateRatio.before(self._parameters)
+            if self._parameters:
+                step.weights_before = self._updates.before(self.step, self._parameters)
             # A closure computes the gradients inside the step: they are read after it.
             if not args[1:] and kwargs.get("closure") is None:
                 self._passing = passing = self._pass(optimizer)

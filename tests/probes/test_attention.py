@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -20,8 +19,6 @@ from dyndiag.probes.forward import ForwardWatch
 from dyndiag.probes.logits.attention import AttentionLogits
 from dyndiag.probes.logits.attention_scores import FINDERS, Scores
 from dyndiag.probes.logits.attention_statistics import entropies, maxima
-from dyndiag.probes.logits.within_share import WithinShare
-from dyndiag.schedule import Every
 from dyndiag.state import Measurements
 from tests.models import Transformer, batches, mlp
 
@@ -597,31 +594,6 @@ def test_a_short_run_is_read_at_every_step() -> None:
         seen = found.step(tokens)
         assert "logit_max_sampled/attend.0" in seen
         assert ("entropy/attend.0" in seen) == (step % 11 == 0)
-
-
-@given(
-    share=st.floats(1e-3, 0.05), cost=st.floats(1e-5, 0.1), grace=st.floats(0, 2),
-    n=st.sampled_from([1, 11]),
-)  # fmt: skip
-def test_readings_keep_to_their_share(share: float, cost: float, grace: float, n: int) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dyndiag.schedule.GRACE", grace)
-        due = WithinShare(share, Every(n))
-        taken, seconds, first, later = [], 0.0, max(1, int(250 * grace)), 0
-        for step in range(3000):
-            if due.due(step, seconds):
-                late = seconds - 0.05 * (first - 1)
-                assert later * cost <= max(grace / 8, share * late) + cost + 1e-9
-                later += step >= first
-                due.paid(cost)
-                taken.append(step)
-            seconds += 0.05
-    assert taken[: first // n] == list(range(0, 3000, n))[: first // n]
-    assert all((b - a) % (2 * n) == n for a, b in pairwise(taken))  # odd multiples of n
-    if cost <= 0.99 * share * 0.05 * n:
-        assert taken == list(range(0, 3000, n))
-    elif grace == 0:
-        assert len(taken) * cost >= share * seconds - 2 * n * (cost + share * 0.05)
 
 
 # The phenomenon

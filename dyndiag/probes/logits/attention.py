@@ -21,9 +21,8 @@ from dyndiag.probes.logits.attention_scores import (
     stacked,
 )
 from dyndiag.probes.logits.attention_statistics import HeadStatistics, block_size, entropies, maxima
-from dyndiag.probes.logits.within_share import WithinShare
 from dyndiag.probes.modules import MOST_PARTS
-from dyndiag.schedule import Every
+from dyndiag.schedule import Every, WithinShare
 from dyndiag.state import Measurements
 
 
@@ -52,10 +51,9 @@ class AttentionLogits:
     kernels of other packages, compiled modules, and what runs under selective checkpointing.
 
     When: as said in the first 500 steps. From there on the eighth at every step as long as that
-    takes at most 0.1 % of the time from the first forward of a step to the end of its optimizer
-    step, else at odd intervals; the rest at every 11th step, or at odd multiples, within 0.05 %.
-    (Or in 0.25 s each, if that is more, spread over the logarithm of time.) What counts is the
-    time of the training's thread: on an accelerator that of the launches.
+    takes at most 0.05 % of the time, else at odd intervals; the rest at every 11th step, or at odd
+    multiples, within 0.03 %. (Or in 0.25 s each, if that is more, spread over the logarithm of
+    time.) What counts is the time of the training's thread: on an accelerator that of the launches.
 
     Cost of a reading: one product q kᵀ of the sequences taken (a read, where the model holds the
     scores; for `nn.MultiheadAttention` the projections once more), and an exponential for each
@@ -69,24 +67,21 @@ class AttentionLogits:
     def __init__(self, model: nn.Module, boundary: Boundary = unguarded) -> None:
         self._boundary = boundary
         self._calls = AttentionCalls(model, self._read, boundary)
-        self._eighth_due = WithinShare(0.001)
-        self._all_due = WithinShare(0.0005, Every(11))
-        self._eighth = self._all = self._live = False
-        self._training_seconds = self._spent = 0.0
-        self._began: float | None = None
+        self._eighth_due = WithinShare(0.0005)
+        self._all_due = WithinShare(0.0003, Every(11))
+        self._eighth = self._all = self._live = self._begun = False
         self._waiting: list[_Call] = []
         self._largest: dict[nn.Module, Tensor] = {}
         self._heads: dict[nn.Module, HeadStatistics] = {}
 
     def started(self, step: int) -> None:
-        if self._began is None:  # the step's first forward
-            self._began = time.perf_counter()
-            self._spent = 0.0
-            self._eighth = self._eighth_due.due(step, self._training_seconds)
-            self._all = self._all_due.due(step, self._training_seconds)
+        began = time.perf_counter()
+        if not self._begun:  # the step's first forward
+            self._begun = True
+            self._eighth = self._eighth_due.due(step, began)
+            self._all = self._all_due.due(step, began)
         self._live = self._eighth or self._all
         if self._live:
-            began = time.perf_counter()
             self._calls.follow(whole=self._all)
             self._calls.seconds += time.perf_counter() - began
 
@@ -103,13 +98,10 @@ class AttentionLogits:
         self._calls.stop()
         seconds = self._calls.seconds + time.perf_counter() - began
         self._calls.seconds = 0.0
-        self._spent += seconds
         (self._all_due if self._all else self._eighth_due).paid(seconds)
 
     def collect(self) -> Measurements:
-        if self._began is not None:
-            self._training_seconds += time.perf_counter() - self._began - self._spent
-            self._began = None
+        self._begun = False
         by_module: dict[str, dict[nn.Module, Tensor]] = {"logit_max_sampled": self._largest}
         for module, heads in self._heads.items():
             for name, value in heads.series().items():

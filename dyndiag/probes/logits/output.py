@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from dyndiag.batches import ForwardCall, loss_of
 from dyndiag.probes.forward import logits_of, visible
 from dyndiag.probes.logits import output_statistics
-from dyndiag.schedule import Every
+from dyndiag.schedule import Every, WithinShare
 from dyndiag.state import Measurements
 
 
@@ -19,7 +20,8 @@ class OutputLogits:
 
     - `logits/max`, at every step: the largest.
 
-    At every 11th step besides:
+    At every 11th step, and after 500 steps there or at odd multiples, within 0.03 % of the time
+    of the training's thread:
 
     - `logits/log_partition`: mean of ln Z = ln Σ e^y. It drifts where output logits diverge while
       the loss is still fine (Wortsman et al. 2023, arXiv 2309.14322).
@@ -40,19 +42,21 @@ class OutputLogits:
     loss that turns half-precision logits into float32 (as under autocast), or a kernel that keeps
     the sum in float32, collapses at float32's gap only.
 
-    Cost: one read of the logits; at every 11th step an exponential and some more reads, in blocks:
+    Cost: one read of the logits; for the others an exponential and some more reads, in blocks:
     never a second array of the logits' size. No host sync.
     """
 
     def __init__(self) -> None:
-        self._all_due = Every(11)
-        self._step = 0
+        self._all_due = WithinShare(0.0003, Every(11))
+        self._all = self._begun = False
         self._highest: list[Tensor | float] = []
         self._gap: Tensor | None = None
         self._sums: dict[str, tuple[Tensor, Tensor | float]] = {}
 
     def started(self, step: int) -> None:
-        self._step = step
+        if not self._begun:  # the step's first forward
+            self._begun = True
+            self._all = self._all_due.due(step, time.perf_counter())
 
     @torch.no_grad()
     def finished(self, call: ForwardCall, output: Any) -> None:
@@ -61,8 +65,10 @@ class OutputLogits:
             return
         logits = found.detach()
         mask = visible(call, logits)
-        if self._all_due.due(self._step):
+        if self._all:
+            began = time.perf_counter()
             highest = self._read(call, output, logits, mask)
+            self._all_due.paid(time.perf_counter() - began)
         elif mask is None:
             highest = logits.amax()
         else:
@@ -79,7 +85,7 @@ class OutputLogits:
             seen["logits/smallest_gap"] = self._gap
         for name, (total, count) in self._sums.items():
             seen[f"logits/{name}"] = total / count
-        self._highest, self._gap = [], None
+        self._highest, self._gap, self._begun = [], None, False
         self._sums = {}
         return seen
 
