@@ -38,6 +38,7 @@ Tagged: TypeAlias = Iterator[tuple[str, float]]
 _MARGINS = (SHARPNESS, PRECONDITIONED)
 _DENSITY = "curvature/density"
 _MOST_WAITING = 1 << 24
+_MOST_RECORDS = 16
 
 
 class TensorBoard:
@@ -66,6 +67,7 @@ class TensorBoard:
         self._waiting = bytearray()
         self._page: bool | None = None  # the layout that is written: with a preconditioner or not
         self._axes: Axes | None = None
+        self._records: dict[tuple[str, ...], tuple[Record, tuple[Summary.Value, ...]]] = {}
         self._told: dict[tuple[Any, ...], tuple[int, int | None]] = {}
         self._add(
             Record(
@@ -97,11 +99,7 @@ class TensorBoard:
             page.metadata.CopyFrom(custom_scalars.create_summary_metadata())
             self._add(Record(wall_time=now, step=step, summary=Summary(value=[page])))
 
-        scalars = Record(wall_time=now, step=step)
-        add = scalars.summary.value.add
-        for tag, value in _tagged(values):
-            add(tag=tag, simple_value=value)
-        self._add(scalars)
+        self._add(self._scalars(now, step, dict(_tagged(values))))
 
         for event in events:
             if self._told.get(event.name) != (event.peak, event.end):
@@ -130,6 +128,23 @@ class TensorBoard:
         finally:
             self._file.close()
             self._waiting.clear()
+
+    def _scalars(self, now: float, step: int, tagged: Mapping[str, float]) -> Record:
+        """The step's values in one record, made anew only where the tags are new: three quarters
+        of its time goes into them."""
+        tags = tuple(tagged)
+        kept = self._records.pop(tags, None)
+        if kept is None:
+            made = Record(summary=Summary(value=[Summary.Value(tag=tag) for tag in tags]))
+            kept = made, tuple(made.summary.value)
+        self._records[tags] = kept
+        if len(self._records) > _MOST_RECORDS:
+            del self._records[next(iter(self._records))]
+        message, slots = kept
+        message.wall_time, message.step = now, step
+        for slot, value in zip(slots, tagged.values(), strict=True):
+            slot.simple_value = value
+        return message
 
     def _add(self, message: Record) -> None:
         self._waiting += record(message.SerializeToString())
