@@ -301,6 +301,7 @@ class Monitor:
             batch=training,
             learning_rates=taken.learning_rates + rates[len(taken.learning_rates) :],
             weights_before=taken.weights_before,
+            clip_coefficients=taken.clip_coefficients,
         )
 
     def _progress(self) -> dict[str, Any]:
@@ -332,8 +333,8 @@ def _rates(rates: tuple[float, ...]) -> Measurements:
 def _no_curvature(loss_fn: LossFunction | None) -> str:
     if loss_fn is None:
         return (
-            "no loss_fn was given and the model's output has no .loss, so there is no curvature: "
-            "pass loss_fn(model, batch) -> scalar"
+            "no loss_fn was given and the model's output has no .loss that is trained on, so there "
+            "is no curvature: pass loss_fn(model, batch) -> scalar"
         )
     return (
         "no batch to measure on, so there is no curvature and there are no predictions: pass "

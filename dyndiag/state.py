@@ -39,6 +39,9 @@ class TrainState:
     """Of each parameter group, as the step used them."""
     weights_before: tuple[Tensor, ...] | None = None
     """Copies of the parameters before the step, at the steps where they were kept."""
+    clip_coefficients: tuple[Tensor, ...] = ()
+    """What clipping by norm multiplied the gradient by, at the step before and at this one, as far
+    as known: none without clipping."""
 
     def probe_loss(self) -> Tensor:
         """Loss of the probe batch at the present weights, with its graph. Cost: one forward."""

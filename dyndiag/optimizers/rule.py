@@ -106,6 +106,19 @@ class UpdateRule:
         decay = rule.learning_rate * rule.decoupled_decay / 2
         return slope, slope * rule.coupled_decay + decay
 
+    def decay_range(self) -> tuple[float, float] | None:
+        """Least and largest of the tensors' ½(ηΓγ_c + ηγ_d), what their decay adds to χ.
+
+        None where coupled decay passes through a preconditioner.
+        """
+        if any(r.coupled_decay != 0 and r.preconditioner is not None for r in self._moved):
+            return None
+        decays = [
+            r.learning_rate * (r.gain * r.coupled_decay + r.decoupled_decay) / 2
+            for r in self._moved
+        ]
+        return min(decays), max(decays)
+
     @property
     def _moved(self) -> tuple[TensorRule, ...]:
         return tuple(rule for rule in self.tensors if rule is not None)

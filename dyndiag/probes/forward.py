@@ -110,6 +110,8 @@ class ForwardWatch:
         """Called when a forward of the training begins."""
         self._last: ForwardCall | None = None
         self._with_loss: list[tuple[ForwardCall, Tensor]] = []
+        self._unused: set[int] = set()
+        """Which of these losses no backward pass has begun from, or come through, so far."""
         self._hooks = [Hook(call, "ForwardWatch", boundary) for call in (self._enter, self._leave)]
         self._handles = self._watch(model)
         inside = () if is_compiled(model) else model.children()
@@ -165,15 +167,30 @@ class ForwardWatch:
         if module is self._model and output is not None:  # else it has failed
             self._last, loss = call, loss_of(output)
             if loss is not None:
+                if loss.grad_fn is not None:
+                    number = len(self._with_loss)
+                    self._unused.add(number)
+                    unused = self._unused  # of this step: a later one has a set of its own
+                    loss.grad_fn.register_prehook(lambda gradients: unused.discard(number))
                 self._with_loss.append((call, loss.detach().clone()))
 
-    def collect(self) -> tuple[MicroBatches | None, Tensor | None, Measurements]:
-        """The batches, loss and signals of the forwards since the last call."""
+    def collect(
+        self, *, trained: bool = False
+    ) -> tuple[MicroBatches | None, Tensor | None, Measurements]:
+        """The batches, loss and signals of the forwards since the last call.
+
+        `trained`: a step was taken on them, so an output's own loss that no backward pass came
+        through is not what was trained on (RL trainers, distillation).
+        """
         if self._watching:  # a forward was interrupted: Ctrl-C runs no hooks
             self._depth, self._watching = 0, False
             for observer in self._observers:
                 observer.finished(ForwardCall(), None)
         batches, loss = None, None
+        if trained:
+            self._with_loss = [
+                one for i, one in enumerate(self._with_loss) if i not in self._unused
+            ]
         if self._with_loss:
             calls = tuple(call for call, _ in self._with_loss)
             batches = MicroBatches(calls, _loss_weights(calls))
@@ -184,14 +201,14 @@ class ForwardWatch:
         signals: Measurements = {}
         for observer in self._observers:
             signals |= observer.collect()
-        self._last, self._with_loss = None, []
+        self._last, self._with_loss, self._unused = None, [], set()
         self._trains, self._train_seen = self._train_seen, False
         return batches, loss, signals
 
     def _forget(self) -> None:
         for observer in self._observers:
             observer.collect()
-        self._last, self._with_loss = None, []
+        self._last, self._with_loss, self._unused = None, [], set()
 
 
 def is_compiled(module: nn.Module) -> bool:

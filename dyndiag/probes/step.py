@@ -30,6 +30,7 @@ class Step:
     batch: MicroBatches | None = None
     loss: Tensor | None = None
     weights_before: tuple[Tensor, ...] | None = None
+    clip_coefficients: tuple[Tensor, ...] = ()
     seen: Measurements = field(default_factory=dict)
 
 
@@ -124,6 +125,7 @@ class StepWatch:
     def _read_gradients(self, passing: PassingStep, step: Step) -> None:
         if self._gradients is not None:
             step.seen |= self._gradients.measure(passing)
+            step.clip_coefficients = self._gradients.coefficients
 
     def _pass(self, optimizer: Optimizer) -> PassingStep:
         scale = getattr(optimizer, "grad_scale", None)
@@ -159,7 +161,7 @@ class StepWatch:
                 self._read_gradients(passing, step)
             passing.scale = None  # a fused optimizer has divided the gradients themselves by it
             self._ask("after", passing, step)
-            step.batch, step.loss, seen = self._forward.collect()
+            step.batch, step.loss, seen = self._forward.collect(trained=True)
             step.seen |= seen
             self._taken = step
 

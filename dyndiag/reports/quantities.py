@@ -68,6 +68,7 @@ QUANTITIES: dict[str, tuple[str, str]] = {
     "predictions/opposing_fall": ("Loss of the examples that fell most", "mean change"),
     "predictions/opposing_rise": ("Loss of the examples that rose most", "mean change"),
     "stability/batch_sharpness_ratio": ("Batch sharpness over 2/η", "1: said to hover there"),
+    "stability/clipped_edge_ratio": ("Edge ratio as clipped", "comes to 1 by itself"),
     "stability/frobenius_ratio": ("Frobenius norm over its bound for SGD", "above 1: unstable"),
     "stability/sam_base_ratio": ("Edge ratio of SAM's base optimizer", "1: its edge"),
     "stability/sam_ratio": ("Edge ratio of SAM", "1: its edge"),

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import (
 )
 from torch.utils.flop_counter import FlopCounterMode
 
+import dyndiag
 from dyndiag.probes.forward import ForwardWatch, unwatched
 from dyndiag.probes.logits.attention import AttentionLogits
 from dyndiag.probes.logits.output import OutputLogits
@@ -326,3 +327,27 @@ def test_checkpointing_frees_what_it_would_without_the_watch(use_reentrant: bool
         assert {name for name in w.row() if "sampled" in name} == {
             f"attention/logit_max_sampled/layers.{i}" for i in (0, 1)
         }
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_loss_that_is_not_trained_on_is_not_the_trainings(own: bool, tmp_path: Path) -> None:
+    """As where a trainer computes its own loss from the output, which has another one."""
+    model = Scaled()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with dyndiag.Monitor(model, optimizer, run=tmp_path / "run", tensorboard=False) as monitor:
+        for _ in range(3):
+            parts = [model(ones(1.0)), model(ones(3.0))]
+            for part in parts:
+                loss = 0.5 * part.loss if own else part.logits.square().mean()
+                loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            monitor.step()
+    run = dyndiag.Run(tmp_path / "run")
+    names = {"train/loss", "curvature/sharpness", "predictions/loss"}
+    assert names & set(run.names) == (names if own else set())
+    assert run["logits/max"].index.tolist() == [0, 1, 2]
+    notices = [notice["text"] for notice in run.metadata["notices"]]
+    assert any("no .loss that is trained on" in text for text in notices) != own
+    if own:
+        assert run["train/loss"].iloc[0] == pytest.approx(2.0)

@@ -13,6 +13,7 @@ from dyndiag.curvature import Operator
 from dyndiag.curvature.follow import Followed, Follower
 from dyndiag.optimizers import Unknown, edge_operator, preconditioned_operator, read_rule
 from dyndiag.probes.curvature.checked_hessian import CheckedHessian
+from dyndiag.probes.curvature.clipping import clipped
 from dyndiag.probes.curvature.edge_watch import EdgeWatch
 from dyndiag.probes.curvature.estimates import can_measure_loss, mapped
 from dyndiag.schedule import Schedule
@@ -33,7 +34,9 @@ class Sharpness:
     gradient in its state: `curvature/preconditioned_sharpness` (where its preconditioner is not 1),
     `stability/threshold` (where one number is), `stability/edge_ratio` (χ; 1 is the edge of
     stability), `stability/warmup` (1 while a frozen preconditioner does not describe the optimizer
-    yet), `stability/full_batch` (1 if the step was taken on the probe batch itself).
+    yet), `stability/full_batch` (1 if the step was taken on the probe batch itself), and
+    `stability/clipped_edge_ratio` (χ of the steps as they were clipped, where the loop clips by
+    norm: `clipping.clipped`; 1 is no evidence of an edge there).
 
     Most samples are provisional. With residual and certificate come those that `Follower` starts
     anew (the first, every tenth, one that has risen by a fifth), and every edge ratio that may
@@ -92,6 +95,9 @@ class Sharpness:
         if threshold is not None:
             seen["stability/threshold"] = threshold
         seen["stability/edge_ratio"] = ratio
+        as_clipped = clipped(ratio, rule, state.clip_coefficients)
+        if as_clipped is not None:
+            seen["stability/clipped_edge_ratio"] = as_clipped
         seen["stability/warmup"] = float(rule.warmup)
         seen["stability/full_batch"] = float(same_data(state.batch, state.probe))
         return seen

@@ -58,6 +58,8 @@ class GradientNorm:
         self._handles: list[RemovableHandle] = []
         self._comparable = True
         self._clipped: Tensor | None = None
+        self.coefficients: tuple[Tensor, ...] = ()
+        """`gradients/clip_coefficient` of the step before and of this one, as far as known."""
         self._watch(all_of_them=True)
 
     def _watch(self, all_of_them: bool) -> None:
@@ -80,6 +82,7 @@ class GradientNorm:
     @torch.no_grad()
     def measure(self, step: PassingStep) -> Measurements:
         """Norms of the gradients as they are now."""
+        before, self.coefficients = self.coefficients[-1:], ()
         if not any(step.present):
             return {}
         self._steps += 1
@@ -105,9 +108,10 @@ class GradientNorm:
         coefficient = ratios.nanmedian()
         if not self._all_shrank_alike(ratios, coefficient):
             return {"gradients/norm_clipped": norms[0]}
+        self.coefficients = (*before, coefficient.clamp(max=1))
         return {
             "gradients/norm_clipped": norms[0],
-            "gradients/clip_coefficient": coefficient.clamp(max=1),
+            "gradients/clip_coefficient": self.coefficients[-1],
             "gradients/clipped_share": self._clipped_share(coefficient),
             **self._series(norms / coefficient, step.present),
         }
