@@ -35,26 +35,43 @@ class PolicySignals:
     statistics of the step so far, so the last one recorded is the whole step's. Without `step`
     every call is a step of its own.
 
-    In a trainer like TRL's `GRPOTrainer`, whose `compute_loss` has what the loss is made of::
+    In TRL's `GRPOTrainer` (run with TRL 1.16.0), with the Hugging Face callback. The tensors come
+    from the method that computes them for the loss, the last thing it does in `compute_loss`::
+
+        callback = DyndiagCallback(run="runs/x")
 
         class Trainer(GRPOTrainer):
-            signals = PolicySignals(clip_range=(0.2, 0.28))
+            signals = PolicySignals(clip_range=(0.2, 0.28))  # epsilon, epsilon_high
+
+            def _get_per_token_logps_and_entropies(self, *args, **kwargs):
+                self.per_token = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+                return self.per_token
 
             def compute_loss(self, model, inputs, *args, **kwargs):
                 loss = super().compute_loss(model, inputs, *args, **kwargs)
-                log_probabilities, entropy = ...  # as the loss computed them, (batch, length)
-                monitor.record(
-                    self.signals(
-                        step=self.state.global_step,
-                        log_probabilities=log_probabilities,
-                        entropy=entropy,
-                        old_log_probabilities=inputs.get("old_per_token_logps"),
-                        reference_log_probabilities=inputs.get("ref_per_token_logps"),
-                        advantages=inputs["advantages"],
-                        mask=inputs["completion_mask"],
+                log_probabilities, entropy, *_ = self.per_token
+                if model.training:  # not in an evaluation
+                    callback.monitor.record(
+                        self.signals(
+                            step=self.state.global_step,
+                            log_probabilities=log_probabilities,
+                            entropy=entropy,
+                            old_log_probabilities=inputs.get("old_per_token_logps"),
+                            reference_log_probabilities=inputs.get("ref_per_token_logps"),
+                            advantages=inputs["advantages"],
+                            mask=inputs["completion_mask"],  # with tools: times "tool_mask"
+                        )
                     )
-                )
                 return loss
+
+        trainer = Trainer(..., callbacks=[callback])
+
+    Entropy and clip shares are then those that TRL logs, with tokens weighing alike over the
+    micro-batches; so is the KL with `use_bias_correction_kl=False`, else TRL weighs k3 by the
+    ratio. Old log-probabilities are there only where samples are used again (`num_iterations` > 1,
+    or more `steps_per_generation` than are accumulated), those of the reference with `beta` > 0.
+    There is no `train/loss` and no curvature in such a run: the output of TRL's model has a `.loss`
+    of its own, the mean −ln π of the completions, but that is not what is trained on.
 
     >>> signals = PolicySignals()
     >>> _ = signals(entropy=torch.tensor([[1.0, 0.5]]))
