@@ -313,6 +313,70 @@ def test_ranks_of_a_deep_linear_network_fall_towards_that_of_its_task() -> None:
         assert end < 2
 
 
+def two_linear_layers(first: Tensor, second: Tensor) -> nn.Sequential:
+    model = nn.Sequential(*[nn.Linear(len(one), len(one), False) for one in (first, second)])
+    with torch.no_grad():
+        for p, start in zip(model.parameters(), (first, second), strict=True):
+            p.copy_(start)
+    return model
+
+
+def rotations(count: int, size: int, seed: int) -> list[Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    return [torch.linalg.qr(torch.randn(size, size, generator=g))[0] for _ in range(count)]
+
+
+@pytest.mark.parametrize(("full", "rank"), [(False, 2), (True, 16)])
+def test_so_many_singular_values_are_learnt_as_the_task_has(full: bool, rank: int) -> None:
+    """From a small start; the others' are left at some 1e-4, less than 1 % of all together."""
+    left, right = rotations(2, 16, seed=0)
+    s = torch.full((16,), 3.0) if full else torch.tensor([4.0, 2.0, *[0.0] * 14])
+    target = left @ s.diag() @ right.T
+    g = torch.Generator().manual_seed(1)
+    model = two_linear_layers(*(1e-4 * torch.randn(2, 16, 16, generator=g)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+
+    def loss(model: nn.Module) -> Tensor:
+        return 0.5 * (model(torch.eye(16)).T - target).square().sum()
+
+    series = trained(model, optimizer, loss, steps=301)
+    assert loss(model).item() < 1e-4
+    for layer in ("0", "1"):
+        counts = series[f"rank_99/{layer}"]
+        assert counts[0] >= 13  # of a Gaussian matrix
+        assert counts[-1] == rank
+
+
+def test_the_condition_number_grows_to_the_tasks_unless_it_is_held() -> None:
+    """Two layers from half a rotation share the task's σ equally, so theirs are its roots.
+
+    L = ½‖BA − T‖² + ¼μ(‖AᵀA − 1‖² + ‖BBᵀ − 1‖²) is ½(u − σ)² + ½μ(u − 1)² for u, the square of
+    either layer's singular value: least at (σ + μ)/(1 + μ).
+    """
+    left, between, right = rotations(3, 6, seed=0)
+    s = torch.tensor([16.0, 8.0, 4.0, 2.0, 1.0, 0.25])
+    target = left @ s.diag() @ right.T
+    ends = {}
+    for held in (0.0, 4.0):
+        model = two_linear_layers(0.5 * between @ right.T, 0.5 * left @ between.T)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+
+        def loss(model: nn.Module, held: float = held) -> Tensor:
+            first, second = model.parameters()
+            off = [first.T @ first - torch.eye(6), second @ second.T - torch.eye(6)]
+            fit = 0.5 * (model(torch.eye(6)).T - target).square().sum()
+            return fit + held / 4 * sum(one.square().sum() for one in off)
+
+        series = trained(model, optimizer, loss, steps=601)
+        truth = math.sqrt((16 + held) / (0.25 + held))  # 8, and 2.17
+        for layer in ("0", "1"):
+            numbers = series[f"condition_number/{layer}"]
+            assert numbers[0] < 1.2  # after a step of 1 % from a rotation
+            assert numbers[-1] == pytest.approx(truth, rel=1e-2)
+        ends[held] = numbers[-1]
+    assert ends[0.0] > 3 * ends[4.0]
+
+
 def test_spectral_norms_grow_where_the_learning_rate_is_too_large() -> None:
     x, y = batches("mlp", 1)[0]
     growth = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -240,6 +241,46 @@ def test_at_the_edge_training_swings_between_two_groups() -> None:
     assert min(rises) > 100 * max(map(abs, calm))
 
 
+def learnt(wrong: int) -> list[dict[str, float]]:
+    """Two clusters of 100, the first `wrong` examples labelled as the other; every 50th step."""
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(200, 10, generator=g), torch.arange(200) % 2
+    x[:, 0] = 0.3 * x[:, 0] + 2 * (2 * y - 1)
+    y[:wrong] = 1 - y[:wrong]
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(10, 64), nn.Tanh(), nn.Linear(64, 2))
+    optimizer = torch.optim.Adam(model.parameters(), lr=4e-3)
+    probe, rows = LossQuantiles(), []
+    for step in range(401):
+        optimizer.zero_grad()
+        cross_entropy(model, (x, y)).backward()
+        optimizer.step()
+        if step % 50 == 0:
+            seen = probe.measure(state_of(model, step, cross_entropy, (x, y)))
+            row = {"low_loss_share": value(seen, "low_loss_share")}
+            for names, values in seen.items():
+                if isinstance(names, tuple) and isinstance(values, Tensor):
+                    row |= {
+                        n.rpartition("/")[2]: v for n, v in zip(names, values.tolist(), strict=True)
+                    }
+            row["misread"] = (model(x).argmax(1) != y).double().mean().item()
+            rows.append(row)
+    return rows
+
+
+def test_wrong_labels_keep_the_upper_quantile_up_until_they_are_memorised() -> None:
+    """An example of two classes that is taken for the other one has a loss above ln 2."""
+    noisy, clean = learnt(wrong=40), learnt(wrong=0)
+    early, late = noisy[1], noisy[-1]  # steps 50 and 400
+    assert early["misread"] == 0.2  # just these 40: what there is to learn is learnt
+    assert early["50"] < 0.5 * noisy[0]["50"]
+    assert early["95"] > noisy[0]["95"]  # of these it becomes surer the other way
+    assert clean[1]["95"] < 0.05 and clean[1]["low_loss_share"] > 0.8 > early["low_loss_share"]
+    for row in noisy:
+        assert row["95"] > math.log(2) or row["misread"] < 0.055  # 11 of 200
+    assert late["misread"] == 0 and late["95"] < 0.05
+
+
 def test_sparse_gradients_and_parameters_without_one() -> None:
     class Sparse(nn.Module):
         def __init__(self, sparse: bool) -> None:
@@ -265,3 +306,22 @@ def test_sparse_gradients_and_parameters_without_one() -> None:
         found.append({str(k): float(v) for k, v in seen.items() if "examples" not in str(k)})  # type: ignore[arg-type]
     assert found[0] == pytest.approx(found[1])
     assert {"predictions/opposing_cosine", "predictions/gradient_share_by_class/3"} <= set(found[0])
+
+
+def test_complex_weights_count_both_parts() -> None:
+    """The two examples pull at one weight, the one at its real part, the other at both."""
+
+    class Complex(nn.Module):
+        def __init__(self, re: float, im: float) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.complex(torch.tensor([re]), torch.tensor([im])))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ torch.cat((self.w.real, self.w.imag))[:, None]
+
+    batch = torch.tensor([[1.0, 0.0], [3.0, 4.0]]), torch.tensor([0.0, 0.0])
+    probe = OpposingSignals()
+    probe.measure(state_of(Complex(1.0, -1.0), 0, squares, batch))
+    seen = probe.measure(state_of(Complex(2.0, -1.0), 11, squares, batch))
+    # Changes ½(4 − 1) and ½(4 − 1): equal, gradients 2·(1, 0) and 2·(3, 4).
+    assert value(seen, "opposing_cosine") == pytest.approx(3 / 5)
