@@ -67,7 +67,7 @@ def eigenpairs(
     there (thick restart) with its certificate. By default 65, and 8 for each further pair, so that
     the default budget needs no restart; or as many as fit into four fifths of the free memory.
 
-    Cost: products; a pass over the basis four times a product; memory for max_basis + pairs + 3
+    Cost: products; a pass over the basis twice a product; memory for max_basis + pairs + 3
     vectors, of which the basis is allocated as it grows. A DyndiagError, before any of it is, if
     it cannot fit.
     """

@@ -51,9 +51,10 @@ class Lanczos:
     blocks of a few rows that are added as it grows; the coefficients are float64 on the CPU. One
     host–device sync a product.
 
-    Every new vector is reorthogonalised against all earlier ones, twice, each pass two matrix
-    products a block: twice is enough (Giraud, Langou & Rozložník 2005). Without it, converged
-    eigenvalues come back as ghost copies.
+    Every new vector is orthogonalised twice, which is enough (Giraud, Langou & Rozložník 2005):
+    against the two rows that the recurrence couples it to, and then, when rounding alone is left
+    of the others, against all of them, in two matrix products a block. Without the second pass
+    converged eigenvalues come back as ghost copies.
     """
 
     def __init__(self, operator: Operator, start: Tensor, max_basis: int | None = None) -> None:
@@ -99,7 +100,7 @@ class Lanczos:
         """One product. Sets `finite` to False, and changes nothing else, if it held NaN or inf."""
         m = len(self)
         image = self._place(self._operator.product(self._row(m)), m + 1)
-        coefficient = self._project(image, m + 1) + self._project(image, m + 1)
+        coefficient = self._subtract_coupled(image, m) + self._project(image, m + 1)
         remainder = norms(image)
         coefficients = torch.stack((coefficient.to(remainder.dtype), remainder))
         alpha, beta = coefficients.tolist()  # the step's one sync
@@ -216,6 +217,16 @@ class Lanczos:
     def _filled(self, m: int) -> list[Tensor]:
         """The first m rows, block by block."""
         return [block[: m - _ROWS * i] for i, block in enumerate(self._blocks) if m > _ROWS * i]
+
+    def _subtract_coupled(self, image: Tensor, m: int) -> Tensor:
+        """Take out of A qₘ its parts in the rows that T couples it to: qₘ's coefficient."""
+        if not self.diagonal and len(self._kept[0]):  # after a restart, to all that was kept
+            return self._project(image, m + 1)
+        if self.diagonal:
+            image.sub_(self._row(m - 1), alpha=self.couplings[-1])
+        coefficient = torch.dot(self._row(m), image)
+        image.addcmul_(self._row(m), coefficient, value=-1)
+        return coefficient
 
     def _project(self, vector: Tensor, m: int) -> Tensor:
         """Take the vector's part in the first m rows out of it: the last row's coefficient."""
