@@ -6,7 +6,8 @@
 
 Without --no-deps pip would bring another torch along. Without the peers their rows stay out.
 
-Tables: product, top1, starts, top10, trace, density. Problems and truths: problems.py. Tools take
+Tables: product, top1, starts, top10, lists, lengths, trace, density. Problems and truths:
+problems.py. Tools take
 turns within a round, and every time is given as a ratio to a gradient (one forward and backward
 pass) of the same problem in the same round: median over rounds, and lowest to highest. Times are
 processor time, which with one thread is wall time less what other processes took in between.
@@ -34,7 +35,7 @@ import problems
 import scipy
 import starts
 import torch
-from problems import FIVE_THOUSAND, LARGE, SMALL, Floats, Problem, Spectrum
+from problems import FIVE_THOUSAND, LARGE, OTHER_LENGTHS, SMALL, Floats, Problem, Spectrum
 from scipy.stats import wasserstein_distance
 
 import dyndiag.curvature as curvature
@@ -220,6 +221,7 @@ def tools_for(
     tools["SciPy eigsh on our products"] = peers.eigsh_on_ours, top
     if k == 1:
         tools["dyndiag, fast rule"] = peers.ours_fast, top
+        tools["dyndiag, fast rule, from an eighth"] = peers.ours_from_a_part, top
     tools["dyndiag, certified"] = peers.ours, top
     tools["dyndiag, certified, first use of a model"] = on_a_fresh_model(peers.ours), top
     return tools
@@ -242,7 +244,7 @@ def cold_table(load: Loader, k: int, rounds: int, with_peers: bool) -> None:
         most = {"mlp_mse 55k, edge": 30, "mlp_ce 55k": 30, "gpt 0.5M": 57}.get(problem.name)
         if k > 1 and most:
             bars.append((f"products, {problem.name}", max(certified.products), most, False))
-        for rule in ("fast rule", "certified"):
+        for rule in ("fast rule", "fast rule, from an eighth", "certified"):
             if (ours := records.get(f"dyndiag, {rule}")) is None:
                 continue
             if k == 1:
@@ -395,6 +397,40 @@ def lists_table(load: Loader, count: int) -> None:
         bar(what, wrong, max(1, count // 1000))
 
 
+def lengths_table(load: Loader, count: int) -> None:
+    """The large problems after other lengths of training: what we take beside what is needed."""
+    rows = []
+    for name in OTHER_LENGTHS:
+        ((_, spectrum),) = load([name])
+        say(f"{count} starts: {name}")
+        draw = np.random.default_rng(0)
+        cells = [f"{name} (gap {spectrum.gap:.0%})"]
+        for k in (1, 10):
+            cells.append(floor_of(spectrum, k, count))
+            for fast in (True, False):
+                tally = Tally()
+                for _ in range(count if k == 1 or not fast else 0):
+                    found = starts.solve(spectrum, k, draw, fast=fast, gradient=fast)
+                    values, truth = found.values.numpy(), spectrum.values
+                    tally.add(values, found.products, truth, found.converged)
+                if tally.products:
+                    mean, most = np.mean(tally.products), max(tally.products)
+                    cells.append(f"{mean:.1f} ({most:.0f}), {tally.off}")
+        rows.append(cells)
+    table(
+        f"Other lengths of training, {count} starts: mean products (most), answers off by > 1e-3",
+        [
+            "spectrum",
+            "top 1, floor: half / all starts",
+            "fast rule, gradient + random",
+            "certified, random",
+            "top 10, floor",
+            "certified, random",
+        ],
+        rows,
+    )
+
+
 # --- trace ---------------------------------------------------------------------------------------
 
 
@@ -539,7 +575,7 @@ def density_table(load: Loader, seeds: int, with_peers: bool) -> None:
 # --- all of it -----------------------------------------------------------------------------------
 
 Loader = Callable[[Any], list[tuple[Problem, Spectrum]]]
-TABLES = ("product", "top1", "starts", "top10", "lists", "trace", "density")
+TABLES = ("product", "top1", "starts", "top10", "lists", "lengths", "trace", "density")
 
 
 def main() -> None:
@@ -568,6 +604,7 @@ def main() -> None:
         "starts": lambda: starts_table(load, arguments.starts),
         "top10": lambda: cold_table(load, 10, max(2, arguments.rounds // 2), with_peers),
         "lists": lambda: lists_table(load, arguments.starts),
+        "lengths": lambda: lengths_table(load, max(arguments.starts // 5, 10)),
         "trace": lambda: trace_table(load, min(arguments.seeds, 20)),
         "density": lambda: density_table(load, arguments.seeds, with_peers),
     }

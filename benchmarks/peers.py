@@ -214,3 +214,28 @@ def ours_fast(problem: Problem, k: int, seed: int) -> Answer:
         generator=torch.Generator().manual_seed(seed),
     )
     return Answer(found.values.numpy(), found.products)
+
+
+def ours_from_a_part(problem: Problem, k: int, seed: int) -> Answer:
+    """The fast rule, from the top vector of an eighth of the batch and an equal random part.
+
+    Products count as what they cost: an eighth's as an eighth.
+    """
+    each = len(problem.targets) // len(problem.inputs)
+    examples = max(1, len(problem.inputs) // 8)
+    part = problem.inputs[:examples], problem.targets[: examples * each]
+    draw = torch.Generator().manual_seed(seed)
+    guess = curvature.eigenpairs(
+        curvature.hessian(problem.model, problem.loss_fn, part),
+        relative_tolerance=0.05,
+        certificate_width=float("inf"),
+        generator=draw,
+    )
+    found = curvature.eigenpairs(
+        curvature.hessian(problem.model, problem.loss_fn, problem.batch),
+        k,
+        start=guess.vectors[0],
+        certificate_width=float("inf"),
+        generator=draw,
+    )
+    return Answer(found.values.numpy(), found.products + round(guess.products / 8))

@@ -294,9 +294,37 @@ LARGE: dict[str, Callable[[], Problem]] = {
 }
 FIVE_THOUSAND = "mlp 5k"
 """5,018 parameters: for trace and density against the whole spectrum."""
+OTHER_LENGTHS: dict[str, Callable[[], Problem]] = {
+    **{
+        f"mlp_mse 55k, {steps} steps": lambda steps=steps: at_the_edge(
+            "mlp_mse 55k", (64, 200, 200, 10), 1000, 0.7, steps
+        )
+        for steps in (100, 400, 1000)
+    },
+    **{
+        f"mlp_ce 55k, {steps} steps": lambda steps=steps: classified(
+            "mlp_ce 55k", mlp(64, 200, 200, 10), 512, steps
+        )
+        for steps in (25, 1000)
+    },
+    **{
+        f"gpt 0.5M, {steps} steps": lambda steps=steps: written(
+            "gpt 0.5M", GPT(128, 64, 100, 4, 4), 1e-3, steps, 8
+        )
+        for steps in (2, 10, 30, 100)
+    },
+    **{
+        f"conv 59k, {steps} steps": lambda steps=steps: classified(
+            "conv 59k", convolutions(32, 64, 64), 128, steps
+        )
+        for steps in (25, 500)
+    },
+}
+"""The large ones, trained for shorter and longer."""
 MAKERS = {
     **SMALL,
     **LARGE,
+    **OTHER_LENGTHS,
     FIVE_THOUSAND: lambda: classified(FIVE_THOUSAND, mlp(64, 48, 32, 10), 512, 300),
 }
 
