@@ -246,3 +246,30 @@ def test_the_top_is_missed_no_more_often_than_the_risk(name, risk, warm, rows, s
         beyond_width += top > 1.05 * found.values[0]
     assert beyond_width <= beyond_bound <= binom.ppf(1 - 1e-5, starts, risk)
     assert beyond_bound >= binom.ppf(1e-5, starts, 0.6 * risk)  # a bound so loose proves nothing
+
+
+@pytest.mark.parametrize(
+    ("which", "outliers", "k"),
+    [
+        ("largest", [1.3, 1.6, 2.0], 3),
+        ("largest", [1.1, 1.2, 1.3, 1.4, 1.5, 1.6], 6),
+        ("smallest", [-1.3, -1.6, -2.0], 3),
+        ("both", [-1.6, -1.3, 1.3, 1.6], 2),
+        ("magnitude", [-1.9, -1.3, 1.6], 3),
+    ],
+)
+def test_a_list_lacks_one_no_more_often_than_the_risk(which, outliers, k):
+    """Whichever of them it is: beyond all others, in between, or the last."""
+    spectrum, risk, starts, width = np.r_[np.linspace(-1, 1, 300), outliers], 0.3, 100, 0.03
+    operator, generator, lacking = of_diagonal(spectrum), seeded(0), 0
+    for _ in range(starts):
+        found = eigenpairs(
+            operator, k, which=which, relative_tolerance=10.0, certificate_width=width, risk=risk,
+            generator=generator,
+        )  # fmt: skip
+        values = found.values.numpy()
+        shown = np.abs(values[:, None] - outliers) <= width * np.abs(values[:, None])
+        last = np.abs(values).min() * (1 + width)
+        lacking += bool(np.any(~shown.any(axis=0) & (np.abs(outliers) > last)))
+    assert lacking <= binom.ppf(1 - 1e-5, starts, risk)
+    assert lacking > 0
