@@ -380,9 +380,14 @@ def lanczos(
         basis[m] = w / beta[-1]
 
 
+FEWEST = 150
+"""Steps of the run that finds a large problem's truth. Solvers may take as many on the spectrum
+made of it: it has so many groups of eigenvalues, and then a Krylov space is exhausted."""
+
+
 def resolved(values: Floats, residuals: Floats) -> bool:
     """The largest ten, and the ten largest in magnitude, to 1e-6 (their values: to far less)."""
-    if len(values) < 3 * TOP:
+    if len(values) < FEWEST:
         return False
     wanted = np.union1d(np.argsort(values)[-TOP:], np.argsort(np.abs(values))[-TOP:])
     return bool(np.all(residuals[wanted] <= 1e-6 * np.abs(values[wanted])))
