@@ -7,13 +7,14 @@ function can change, and puts it back bit for bit, whether the body ends well or
 from __future__ import annotations
 
 import functools
+import inspect
 import random
 import signal
 import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from types import CodeType, FunctionType, MethodType
 from typing import Any
 
@@ -43,7 +44,10 @@ def no_trace(
     flags, counters, lists, arrays, generators); the optimizer's state and parameter groups; the
     random streams of Python, NumPy and torch on every device; backend switches, grad mode,
     autocast. Modules and generators that `loss_fn` works with besides its arguments (a generator
-    network, a teacher) count as the model's. Other objects are left as the body leaves them.
+    network, a teacher) count as the model's. Amid a training, that is with its optimizer, so does
+    what it and the model's forward hooks count or collect in: variables around them, attributes of
+    the object they belong to, lists, dicts and sets in these. Other objects are left as the body
+    leaves them.
 
     Inside: gradients on, inference mode and autocast off, user backward hooks silent, attention
     by its math kernel and RNNs without cuDNN (the others have no second derivative), compiled
@@ -51,12 +55,20 @@ def no_trace(
 
     Cost: one copy of parameters, gradients, buffers and optimizer state each way.
     """
-    roots: list[object] = [model, *_held(loss_fn)]
-    if optimizer is not None:
+    held, names = _held(loss_fn)
+    roots: list[object] = [model, *held]
+    if optimizer is None:
+        names = []
+    else:
+        for hook in _forward_hooks(_reachable(roots)):
+            held, more = _held(hook)
+            roots += held
+            names += more
         roots += [optimizer.state, optimizer.param_groups]
     reached = _reachable(roots)
     restores = _remember_switches() + _remember_random_streams()
     restores += [_remember(value) for value in reached]
+    restores += [restore for name in names for restore in _remember_name(*name)]
     try:
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))
@@ -85,16 +97,22 @@ def _put_back(restores: list[Restore]) -> None:
             _put_back(restores)
 
 
-def _held(loss_fn: object) -> list[object]:
-    """Modules and random generators that a function works with besides its arguments.
+_Name = tuple[Any, Any]
+"""A dict of variables and a name in it; or a closure's cell and None."""
+
+
+def _held(function: object) -> tuple[list[object], list[_Name]]:
+    """Modules and random generators that a function works with besides its arguments, and the
+    variables that it can count or collect in.
 
     Those in its closure, its defaults, the globals it names and the object it belongs to; also by
     way of functions of the same file.
     """
     found: list[object] = []
+    names: list[_Name] = []
     seen: set[int] = set()
     home: dict[str, Any] | None = None
-    todo = [loss_fn]
+    todo = [function]
     while todo:
         value = todo.pop()
         if type(value) in _FIXED or id(value) in seen:
@@ -107,32 +125,116 @@ def _held(loss_fn: object) -> list[object]:
         elif isinstance(value, MethodType):
             todo += [value.__func__, *getattr(value.__self__, "__dict__", {}).values()]
             todo.append(value.__self__ if isinstance(value.__self__, nn.Module) else None)
+            names += _attributes(value)
         elif isinstance(value, FunctionType):
             home = value.__globals__ if home is None else home
             if value.__globals__ is home:
-                todo += _surroundings(value)
+                around = _surroundings(value)
+                names += around
+                todo += [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
+                todo += [_content(*name) for name in around]
         elif isinstance(value, list | tuple | dict):
             if len(value) <= _MANY:
                 todo += value.values() if isinstance(value, dict) else value
-        elif value is loss_fn:  # an object with __call__
+        elif value is function:  # an object with __call__
             todo.append(getattr(value, "__call__", None))  # noqa: B004
+    return found, names
+
+
+def _surroundings(function: FunctionType) -> list[_Name]:
+    """Variables that a function refers to: of its closure, and globals."""
+    found: list[_Name] = [(cell, None) for cell in function.__closure__ or ()]
+    found += [(function.__globals__, name) for name in _names(function)]
     return found
 
 
-def _surroundings(function: FunctionType) -> list[object]:
-    """What a function refers to: closure, defaults, globals."""
-    found: list[object] = [
-        *(function.__defaults__ or ()),
-        *(function.__kwdefaults__ or {}).values(),
-    ]
-    for cell in function.__closure__ or ():
-        with suppress(ValueError):  # a variable that has no value yet
-            found.append(cell.cell_contents)
+def _names(function: FunctionType) -> Iterator[str]:
+    """Globals and attributes that a function and those inside it name."""
     codes = [function.__code__]
     for code in codes:
         codes += [const for const in code.co_consts if isinstance(const, CodeType)]
-        found += [function.__globals__.get(name) for name in code.co_names]
+        yield from code.co_names
+
+
+def _attributes(method: MethodType) -> list[_Name]:
+    """Attributes of its object that a method and the methods it calls name."""
+    own = getattr(method.__self__, "__dict__", None)
+    if own is None or isinstance(method.__self__, nn.Module):
+        return []
+    functions, found = [method.__func__], dict[str, _Name]()
+    for function in functions:
+        for name in _names(function) if isinstance(function, FunctionType) else ():
+            if name not in found:
+                found[name] = (own, name)
+                functions.append(inspect.getattr_static(type(method.__self__), name, None))
+    return list(found.values())
+
+
+_MISSING = object()
+
+
+def _content(where: Any, name: Any) -> Any:
+    """Of a variable; `_MISSING` while it has none."""
+    if isinstance(where, dict):
+        return where.get(name, _MISSING)
+    try:
+        return where.cell_contents
+    except ValueError:
+        return _MISSING
+
+
+def _remember_name(where: Any, name: Any) -> list[Restore]:
+    """How to bind a variable to what it is bound to now, and what that holds if it collects."""
+    before = _content(where, name)
+
+    def restore() -> None:
+        if _content(where, name) is before:
+            return
+        if isinstance(where, dict):
+            if before is _MISSING:
+                del where[name]
+            else:
+                where[name] = before
+        elif before is _MISSING:
+            del where.cell_contents
+        else:
+            where.cell_contents = before
+
+    return [restore, *_remember_collected(before)]
+
+
+def _remember_collected(value: object) -> list[Restore]:
+    """How to give lists, dicts and sets, also in each other, their present members again."""
+    found: list[Restore] = []
+    seen: set[int] = set()
+    todo = [value]
+    while todo:
+        value = todo.pop()
+        if not isinstance(value, list | tuple | dict | set | deque) or id(value) in seen:
+            continue
+        seen.add(id(value))
+        if len(value) <= _MANY:
+            found.append(_remember(value))
+            todo += value.values() if isinstance(value, dict) else value
+        elif isinstance(value, list):  # which grows, if anything
+            found.append(functools.partial(_cut_off, value, len(value)))
     return found
+
+
+def _cut_off(target: list[Any], length: int) -> None:
+    del target[length:]
+
+
+def _forward_hooks(reached: Iterable[object]) -> Iterator[object]:
+    """Those of the modules, but for dyndiag's own."""
+    for module in reached:
+        if isinstance(module, nn.Module):
+            for table in (module._forward_hooks, module._forward_pre_hooks):
+                yield from (h for h in table.values() if not _is_own(h))
+
+
+def _is_own(hook: object) -> bool:
+    return type(hook).__module__.partition(".")[0] == __package__
 
 
 _MANY = 1000

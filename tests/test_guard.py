@@ -117,6 +117,88 @@ def test_what_the_loss_function_works_with_is_put_back(loss_fn: Any) -> None:
     assert NORM.num_batches_tracked == 0
 
 
+CALLS = 0
+LAST: int
+SEEN: list[int] = []
+
+
+def counts_in_a_global(model: nn.Module, batch: Any) -> int:
+    global CALLS, LAST
+    CALLS += 1
+    LAST = CALLS
+    SEEN.append(CALLS)
+    return CALLS + len(SEEN)
+
+
+def counts_in_its_closure() -> Any:
+    calls, seen, kinds, long = 0, {"n": 0}, {"a": [{1}]}, [0] * 2000
+
+    def loss(model: nn.Module, batch: Any) -> int:
+        nonlocal calls
+        calls += 1
+        seen["n"] += 1
+        seen[str(calls)] = 1
+        kinds["a"][0].add(calls + 5)
+        long.append(1)
+        return calls + len(seen) + seen["n"] + len(kinds["a"][0]) + len(long)
+
+    return loss
+
+
+class Counter:
+    def __init__(self) -> None:
+        self.calls, self.recent = 0, deque([0], maxlen=3)
+
+    def loss(self, model: nn.Module, batch: Any) -> int:
+        return self.inner()
+
+    def inner(self) -> int:
+        self.calls += 1
+        self.recent.append(self.calls)
+        return self.calls + sum(self.recent)
+
+    def __call__(self, model: nn.Module, batch: Any) -> int:
+        return self.inner()
+
+
+COUNTING = {
+    "global": counts_in_a_global,
+    "closure": counts_in_its_closure(),
+    "method": Counter().loss,
+    "object": Counter(),
+    "partial": functools.partial(Counter().loss),
+}
+
+
+@pytest.mark.parametrize("kind", COUNTING)
+def test_what_the_loss_function_counts_is_put_back(kind: str) -> None:
+    loss_fn: Any = COUNTING[kind]
+    loss_fn(None, None)
+    globals().pop("LAST", None)
+    model = mlp()
+    with no_trace(model, torch.optim.SGD(model.parameters()), loss_fn):
+        first = [loss_fn(None, None) for _ in range(4)]
+    assert "LAST" not in globals()
+    assert [loss_fn(None, None) for _ in range(4)] == first
+
+
+@pytest.mark.parametrize("pre", [False, True])
+def test_what_forward_hooks_collect_is_put_back(pre: bool) -> None:
+    model, features, noise = mlp(), [torch.zeros(2)], torch.Generator().manual_seed(0)
+    first = next(model.children())
+    before, state = list(features), noise.get_state()
+
+    def hook(module: nn.Module, *args: Any) -> None:
+        features.append(torch.rand(2, generator=noise))
+
+    first.register_forward_pre_hook(hook) if pre else first.register_forward_hook(hook)
+    with no_trace(model, torch.optim.SGD(model.parameters())):
+        model(torch.rand(3, 8))
+        assert len(features) == 2
+    assert features == before
+    assert torch.equal(noise.get_state(), state)
+
+
 @pytest.fixture
 def _ctrl_c_interrupts() -> Iterator[None]:
     """Also where a shell has started the tests in the background, and Ctrl-C is ignored."""
