@@ -11,9 +11,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from dyndiag.curvature.data import chosen_parameters
+from dyndiag.curvature.data import chosen_parameters, undisturbed
 from dyndiag.curvature.directional import batch_sharpness
-from dyndiag.curvature.hessian import loss_hessian
+from dyndiag.curvature.hessian import hessian, loss_hessian
 from dyndiag.errors import DyndiagError
 from dyndiag.guard import no_trace
 
@@ -57,7 +57,9 @@ def mean_batch_sharpness(
     and 2(1+β)/η at large batches: a mean of ratios, which never exceeds the mean of the batches'
     λ₁. The ratio of means is another number, and lower where large gradients meet flat directions.
 
-    The model stays in its mode, and nothing is changed. Cost: one gradient and one product a batch.
+    The model stays in its mode, and nothing is changed. Cost: one gradient and one product a batch,
+    and on the first those of `hessian` with its check, whose engine is taken where double backward
+    is wrong or impossible.
     Raises DyndiagError without batches, or for a loss that is not scalar.
 
     Source: Andreyev & Beneventano (2024), arXiv 2412.20553.
@@ -74,11 +76,17 @@ def mean_batch_sharpness(
     chosen = list(chosen_parameters(model, parameters).values())
     ratios: list[float] = []
     pairs: list[tuple[float, float]] = []
-    with no_trace(model):
-        for batch in batches:
-            hessian = loss_hessian(partial(loss_fn, model, batch), chosen)
-            ratio = batch_sharpness(hessian)
-            square = hessian.gradient.double().square().sum()
+    with undisturbed(batches) as source, no_trace(model, loss_fn=loss_fn):
+        for batch in source:
+            if not pairs:  # the same for all batches: whether a kernel has second derivatives
+                engine = hessian(model, loss_fn, batch, parameters=parameters).engine
+            of_batch = (
+                loss_hessian(partial(loss_fn, model, batch), chosen)
+                if engine.name == "cached"
+                else hessian(model, loss_fn, batch, parameters=parameters)
+            )
+            ratio = batch_sharpness(of_batch)
+            square = of_batch.gradient.double().square().sum()
             ratio_now, square_now = torch.stack([ratio, square]).tolist()
             pairs.append((ratio_now * square_now if square_now > 0 else 0.0, square_now))
             if square_now > 0:

@@ -9,9 +9,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from dyndiag.curvature.data import chosen_parameters, pieces
 from dyndiag.curvature.eigenpairs import eigenpairs
-from dyndiag.curvature.engines.loss import Loss, in_full_precision
+from dyndiag.curvature.engines.loss import in_full_precision, loss_over
 from dyndiag.curvature.memory import require
 from dyndiag.curvature.operator import Operator
 from dyndiag.curvature.outputs import LossOfOutput, over_batches
@@ -67,20 +66,19 @@ def coherence(
     After Dexter et al. (2024), "A precise characterization of SGD stability using loss surface
     geometry", arXiv 2401.12332.
     """
-    chosen = chosen_parameters(model, parameters)
-    parts = pieces(model, loss_fn, data, micro_batch=1, size=size)
-    if len(parts) > _MOST:
+    loss = loss_over(model, loss_fn, data, parameters, micro_batch=1, size=size)
+    n = len(loss.batches)
+    if n > _MOST:
         raise DyndiagError(
             f"coherence compares every example with every other and takes at most {_MOST}, but "
-            f"there are {len(parts)}: pass a part of the data"
+            f"there are {n}: pass a part of the data"
         )
-    batches, shares = zip(*parts, strict=True)
-    loss = in_full_precision(Loss(model, loss_fn, batches, shares, chosen))[0]
+    loss = in_full_precision(loss)[0]
     found: list[Tensor] = []
 
     def keep(example: LossOfOutput, share: float) -> Tensor:
         # H is the weighted mean of the examples' matrices: n · share is 1 where they weigh alike.
-        found.append((len(parts) * share) ** 0.5 * _factor(example, len(parts) - len(found)))
+        found.append((n * share) ** 0.5 * _factor(example, n - len(found)))
         return torch.zeros(())
 
     over_batches(loss)(keep)
@@ -113,8 +111,8 @@ def coherence_of(factors: Sequence[Tensor]) -> Coherence:
         for j in range(i, n, _BLOCK):
             others = padded[j : j + _BLOCK]
             inner = rows.flatten(0, 1) @ others.flatten(0, 1).T
-            squares = inner.square().view(len(rows), rank, len(others), rank)
-            roots = squares.sum((1, 3), dtype=exact).sqrt().cpu()
+            squares = inner.to(exact).square().view(len(rows), rank, len(others), rank)
+            roots = squares.sum((1, 3)).sqrt().cpu()
             c[i : i + _BLOCK, j : j + _BLOCK] = roots
             c[j : j + _BLOCK, i : i + _BLOCK] = roots.T
     flat = padded.flatten(0, 1)

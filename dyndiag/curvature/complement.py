@@ -154,8 +154,15 @@ def room_below(x: float, count: int, values: Floats, gram: Floats) -> float:
 
 def gram(residuals: Tensor) -> Floats:
     """Inner products (j, j) of residuals (j, size)."""
-    products = (residuals @ residuals.T).tolist()
-    return np.array(products, dtype=np.float64).reshape(len(residuals), len(residuals))
+    if not len(residuals):
+        return np.empty((0, 0))
+    lengths = norms(residuals)
+    # Powers of two: products of small or large entries could leave the range of float32.
+    scales = torch.exp2(torch.frexp(lengths).exponent.to(lengths.dtype))
+    units = zip(residuals, scales.to(residuals.dtype), strict=True)
+    rows = torch.stack([residuals @ (r / scale) for r, scale in units])
+    products = np.array((rows.to(scales.dtype) * scales[:, None]).tolist())
+    return (products + products.T) / 2
 
 
 def usable(subspace: Subspace, most: int, count: int, x: float, room: float = LITTLE_ROOM) -> int:

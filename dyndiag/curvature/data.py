@@ -7,6 +7,7 @@ import difflib
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from itertools import accumulate, pairwise
 from typing import Any, TypeVar
@@ -14,6 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Generator, Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 
 from dyndiag.errors import DyndiagError
@@ -26,23 +28,39 @@ _SEED = 0
 
 
 def read_once(model: nn.Module, data: Any) -> list[Any]:
-    """The batches of a loader, whose own random generators stay where they were."""
+    """The batches of a loader, which is left as it was."""
     if not isinstance(data, DataLoader):
         return [data]
-    owners = (data, data.sampler, data.batch_sampler, getattr(data.batch_sampler, "sampler", None))
-    generators = [g for o in owners if isinstance(g := getattr(o, "generator", None), Generator)]
-    states = [g.get_state() for g in generators]
-    try:
-        with no_trace(model):
-            batches = list(data)
-    finally:
-        for generator, state in zip(generators, states, strict=True):
-            generator.set_state(state)
+    with undisturbed(data) as loader, no_trace(model):
+        batches = list(loader)
     if not batches:
         raise DyndiagError(
             "the DataLoader holds no batch: with drop_last=True it takes at least one full batch"
         )
     return batches
+
+
+@contextmanager
+def undisturbed(data: Iterable[Any]) -> Iterator[Iterable[Any]]:
+    """The same batches; a loader's own random generators are then where they were.
+
+    Where its workers persist, by a copy without: a second iterator would end the first one, which
+    may be the training's.
+    """
+    if not isinstance(data, DataLoader):
+        yield data
+        return
+    owners = (data, data.sampler, data.batch_sampler, getattr(data.batch_sampler, "sampler", None))
+    generators = [g for o in owners if isinstance(g := getattr(o, "generator", None), Generator)]
+    states = [g.get_state() for g in generators]
+    if data.persistent_workers:
+        data = copy.copy(data)
+        data.__dict__.update(persistent_workers=False, _iterator=None)
+    try:
+        yield data
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
 
 
 def batch_weights(
@@ -70,8 +88,14 @@ def pieces(
     """The micro-batches that the data is taken in, and what the loss of each weighs in the total.
 
     Raises DyndiagError where the weighted losses of the first batch's micro-batches are not the
-    loss of the batch; that costs one forward pass over it, which keeps no graph.
+    loss of the batch; that costs two forward passes over it, or five where they draw dropout masks,
+    which keep no graph.
     """
+    if not callable(loss_fn):
+        raise DyndiagError(
+            "loss_fn must be a function of the model and a batch that returns the loss, but it is "
+            f"a {type(loss_fn).__name__}"
+        )
     batches = read_once(model, data)
 
     def weighted(parts: list[Any]) -> list[tuple[Any, float]]:
@@ -95,22 +119,35 @@ def _check_cut(
     batch: Any,
     parts: Sequence[tuple[Any, float]],
 ) -> None:
-    """The loss of a batch must be the weighted sum of its micro-batches' losses."""
+    """The loss of a batch must be the weighted sum of its micro-batches' losses.
 
-    def loss(batch: Any, seed: int = _SEED) -> Tensor:
-        with no_trace(model), torch.no_grad():
+    Another cut draws other dropout masks: where these matter, they are left away.
+    """
+
+    def loss(batch: Any, masks: bool, seed: int = _SEED) -> Tensor:
+        with no_trace(model, loss_fn=loss_fn), torch.no_grad():
+            for module in () if masks else model.modules():
+                module.training = module.training and isinstance(module, _BatchNorm)
             fix_random_streams(seed)
             return torch.as_tensor(loss_fn(model, batch)).detach()
 
-    whole = loss(batch)
-    if whole.numel() != 1 or not whole.isfinite():
-        return  # no loss to differentiate: that is said where it is differentiated
-    terms = torch.stack([weight * loss(part).reshape(()) for part, weight in parts])
-    tolerance = math.sqrt(torch.finfo(terms.dtype).eps) * float(terms.abs().sum())
-    if abs(float(whole - terms.sum())) <= tolerance:
-        return
-    if abs(float(whole - loss(batch, _SEED + 1))) > tolerance:
-        return  # dropout: another cut draws other masks, so their losses cannot be compared
+    for masks in (True, False):
+        try:
+            whole = loss(batch, masks)
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+            if masks:
+                raise
+            return  # it computes its loss in train mode alone
+        if whole.numel() != 1 or not whole.isfinite():
+            return  # no loss to differentiate: that is said where it is differentiated
+        terms = torch.stack([weight * loss(part, masks).reshape(()) for part, weight in parts])
+        tolerance = math.sqrt(torch.finfo(terms.dtype).eps) * float(terms.abs().sum())
+        if abs(float(whole - terms.sum())) <= tolerance:
+            return
+        if abs(float(whole - loss(batch, masks, _SEED + 1))) <= tolerance:
+            break
+    else:
+        return  # it draws at random in any mode
     raise DyndiagError(
         f"cut into micro-batches, the loss of the first batch becomes {float(terms.sum()):.6g}, "
         f"but it is {float(whole):.6g}: pass reduction='sum' if it is a sum, size= with the number "
@@ -205,13 +242,19 @@ def chosen_parameters(
     weights come once, under their first name, and can be asked for by any. Frozen ones are left
     out. The wrapper of `torch.compile` does not show in names.
     """
+    if not isinstance(model, nn.Module):
+        raise DyndiagError(
+            f"the model must be a torch.nn.Module, but it is a {type(model).__name__}: "
+            "pass model, loss_fn and data in this order"
+        )
     names: dict[str, nn.Parameter] = {
         name.replace("_orig_mod.", ""): p
         for name, p in model.named_parameters(remove_duplicate=False)
     }
     wanted = set(map(id, names.values()))
     if parameters is not None:
-        asked = [parameters] if isinstance(parameters, str | Tensor) else list(parameters)
+        several = isinstance(parameters, Iterable) and not isinstance(parameters, str | Tensor)
+        asked: list[Any] = list(parameters) if several else [parameters]
         wanted = {id(p) for key in asked for p in _asked_for(key, names)}
     chosen: dict[int, tuple[str, nn.Parameter]] = {}
     for name, p in names.items():

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dyndiag.curvature.lanczos import ROUNDING, norms
 from dyndiag.curvature.operator import Operator
-from dyndiag.curvature.readings import Readings, exact_dtype, total
+from dyndiag.curvature.readings import Readings, exact_dtype, square_of
 
 _ROWS = 16
 """Rows of the basis that are allocated at once."""
@@ -60,10 +60,13 @@ class Deflation:
         From the images x = (A − mean) z of the probes kept: E‖x‖² = Σ μ² and, for two of them,
         E(xᵀx′)² = Σ μ⁴ up to the probes' own scatter.
         """
-        exact = exact_dtype(self.operator)
         images = [sent - mean * z for z, sent in self._kept]
-        squares = torch.stack([total(x * x, exact) for x in images])
-        pairs = torch.stack([total(x * y, exact) for x, y in combinations(images, 2)])
+        lengths = [norms(x) for x in images]
+        typical = torch.stack(lengths).mean()
+        # Of length about 1, or a float32 product of two entries could under- or overflow.
+        unit = [x / typical.to(x.dtype) for x in images]
+        squares = torch.stack([(length / typical) ** 2 for length in lengths])
+        pairs = torch.stack([(x * y).sum(dtype=typical.dtype) for x, y in combinations(unit, 2)])
         return float(squares.mean() ** 2 / (pairs**2).mean())
 
     def send(self, z: Tensor, into: Readings) -> None:
@@ -95,7 +98,7 @@ class Deflation:
             (
                 (first + second).to(exact),
                 norms(rest).to(exact)[None],
-                total(image * image, exact)[None],
+                square_of(image)[None],
             )
         ).tolist()
         self.finite = all(map(math.isfinite, told))
@@ -136,7 +139,7 @@ class Deflation:
         return vector / norms(vector).to(vector.dtype)
 
     def _read(self, into: Readings, z: Tensor, image: Tensor) -> None:
-        square = total(image * image, exact_dtype(self.operator)) + self.square
+        square = square_of(image) + self.square
         into.add(z * self.project(image), square)
 
     def _split(self, vector: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from dyndiag.curvature.draws import fixed_generator, gaussian
 from dyndiag.curvature.lanczos import Floats, Lanczos, norms
 from dyndiag.curvature.memory import require
-from dyndiag.curvature.operator import Operator, deflated
+from dyndiag.curvature.operator import Operator, deflated, require_operator
 from dyndiag.curvature.results import Outcome, SpectralDensity
 from dyndiag.errors import DyndiagError
 
@@ -54,6 +54,7 @@ def spectral_density(
     Cost: probes · steps products, fewer where a run exhausts its space; memory (steps + outliers)
     · size numbers, one run at a time.
     """
+    require_operator(operator)
     if probes < 1 or steps < 1:
         raise DyndiagError(f"probes and steps must be at least 1, but are {probes} and {steps}")
     vectors = 3 * min(steps, operator.size) // 2 + 4  # a basis, the outliers, the products' own
@@ -218,8 +219,8 @@ def _summary(
         grid = np.linspace(low - _MARGIN * width, high + _MARGIN * width, _GRID)
         curves = np.stack([_smooth(rule, grid, width) for rule in rules])
         known = len(outliers) == size
-        # A node at −rounding stands for zero.
-        negative = _share(rules, -math.inf, -rounding, known)
+        # A node at −rounding stands for zero; where rounding is 0, so does one at 0.
+        negative = _share(rules, -math.inf, math.nextafter(-rounding, -math.inf), known)
         near = max(_NEAR_ZERO * np.abs(every).max(), rounding)
         zero = _share(rules, -near, near, known)
     return SpectralDensity(

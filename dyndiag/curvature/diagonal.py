@@ -7,8 +7,8 @@ import math
 import torch
 
 from dyndiag.curvature.draws import fixed_generator, rademacher
-from dyndiag.curvature.operator import Operator
-from dyndiag.curvature.readings import exact_dtype, total
+from dyndiag.curvature.operator import Operator, require_operator
+from dyndiag.curvature.readings import square_of
 from dyndiag.curvature.results import Diagonal, Outcome
 from dyndiag.errors import DyndiagError
 
@@ -32,6 +32,7 @@ def diagonal(
     Without a `generator`, the same answer at every call. Memory: five vectors of size numbers; one
     sync a product. Source: Bekas, Kokiopoulou & Saad (2007), Appl. Numer. Math. 57, 1214–1229.
     """
+    require_operator(operator)
     if max_products < 1 or not relative_error > 0:
         raise DyndiagError(
             "max_products must be at least 1 and relative_error above 0, but they are "
@@ -47,21 +48,21 @@ def diagonal(
         outcome = Outcome.CONVERGED if bool(mean.isfinite().all()) else Outcome.NOT_FINITE
         return Diagonal(mean, torch.zeros_like(mean), operator.size, outcome)
 
-    scatter, exact = torch.zeros_like(mean), exact_dtype(operator)
+    root = torch.zeros_like(mean)  # of the sum of squares, whose entries float32 may not hold
     outcome = Outcome.BUDGET_SPENT
     for m in range(1, max_products + 1):
         z = rademacher(operator, generator)
         change = z * operator.product(z) - mean
         mean += change / m
-        scatter.addcmul_(change, change, value=(m - 1) / m)
+        root = torch.hypot(root, math.sqrt((m - 1) / m) * change)
         if m < min(_PILOTS, max_products):
             continue
-        spread, size = torch.stack((total(scatter, exact), total(mean * mean, exact))).tolist()
+        spread, size = torch.stack((square_of(root), square_of(mean))).tolist()
         if not math.isfinite(spread + size):
             outcome = Outcome.NOT_FINITE
             break
         if m >= _PILOTS and spread / (m - 1) / m <= relative_error**2 * size:
             outcome = Outcome.CONVERGED
             break
-    error = (scatter / (m - 1) / m).sqrt() if m > 1 else torch.full_like(mean, math.nan)
+    error = root / math.sqrt((m - 1) * m) if m > 1 else torch.full_like(mean, math.nan)
     return Diagonal(mean, error, m, outcome)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dyndiag.curvature.hessian import LossHessian
-from dyndiag.curvature.operator import Operator
+from dyndiag.curvature.operator import Operator, require_operator
 from dyndiag.errors import DyndiagError
 
 
@@ -75,6 +75,7 @@ def realised_edge(promised: Tensor, before: Tensor, after: Tensor) -> Tensor:
 
 
 def _direction(operator: Operator, vector: Tensor) -> Tensor:
+    require_operator(operator)
     if vector.shape != (operator.size,):
         raise DyndiagError(
             f"a direction must have shape ({operator.size},), one number for each of the "

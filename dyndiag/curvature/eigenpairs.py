@@ -22,7 +22,7 @@ from dyndiag.curvature.certificate import (
 from dyndiag.curvature.draws import fixed_generator, gaussian
 from dyndiag.curvature.lanczos import Floats, Lanczos, norms
 from dyndiag.curvature.memory import require, vectors_that_fit
-from dyndiag.curvature.operator import Operator
+from dyndiag.curvature.operator import Operator, require_operator
 from dyndiag.curvature.results import Eigenpairs, Outcome
 from dyndiag.errors import DyndiagError
 
@@ -71,6 +71,7 @@ def eigenpairs(
     vectors, of which the basis is allocated as it grows. A DyndiagError, before any of it is, if
     it cannot fit.
     """
+    require_operator(operator)
     if certificate_width is None:
         certificate_width = 0.01 if k == 1 else 0.003
     _check(operator, k, which, relative_tolerance, certificate_width, risk, max_products)
@@ -252,10 +253,11 @@ def _first_vector(operator: Operator, start: Tensor | None, generator: torch.Gen
     random = gaussian(operator, generator)
     if start is None:
         return random
-    if start.shape != (operator.size,):
+    if not isinstance(start, Tensor) or start.shape != (operator.size,):
+        came = f"has shape {tuple(start.shape)}" if isinstance(start, Tensor) else f"is {start!r}"
         raise DyndiagError(
-            f"start must have shape ({operator.size},), one number for each of the operator's "
-            f"dimensions, but it has shape {tuple(start.shape)}"
+            f"start must be a tensor of shape ({operator.size},), one number for each of the "
+            f"operator's dimensions, but it {came}"
         )
     guess = start.to(device=operator.device, dtype=operator.dtype)
     norm = norms(guess).item()
@@ -319,8 +321,8 @@ def _result(
         error_bounds=torch.from_numpy(bounds),
         products=run.products,
         risk=rules.risk,
-        upper_bound=upper,
-        lower_bound=lower,
+        upper_bound=None if upper is None else float(upper),
+        lower_bound=None if lower is None else float(lower),
         outcome=outcome,
     )
 
@@ -334,9 +336,10 @@ def _check(
     risk: float,
     max_products: int | None,
 ) -> None:
-    if not 1 <= k <= operator.size:
+    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= operator.size:
         raise DyndiagError(
-            f"k must be between 1 and the operator's size, {operator.size}, but it is {k}"
+            f"k must be a whole number between 1 and the operator's size, {operator.size}, but it "
+            f"is {k!r}"
         )
     if which not in get_args(Which):
         raise DyndiagError(f"which must be one of {', '.join(get_args(Which))}, not {which!r}")

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dyndiag.curvature.data import chosen_parameters, number_of_examples, pieces, places
-from dyndiag.curvature.engines.loss import Loss, in_full_precision
+from dyndiag.curvature.data import number_of_examples, places
+from dyndiag.curvature.engines.loss import in_full_precision, loss_over
 from dyndiag.curvature.gauss_newton import gauss_newton_product
 from dyndiag.curvature.operator import Operator
 from dyndiag.curvature.outputs import (
@@ -91,12 +91,17 @@ def fisher(
         )
     if kind == "empirical":
         _check_examples_apart(model)
-    chosen = chosen_parameters(model, parameters)
-    parts = pieces(model, loss_fn, data, micro_batch=micro_batch, reduction=reduction, size=size)
-    batches, shares = zip(*parts, strict=True)
-    total = over_batches(
-        in_full_precision(Loss(model, loss_fn, batches, shares, chosen, progress=progress))[0]
+    loss = loss_over(
+        model,
+        loss_fn,
+        data,
+        parameters,
+        micro_batch=micro_batch,
+        reduction=reduction,
+        size=size,
+        progress=progress,
     )
+    total = over_batches(in_full_precision(loss)[0])
     examples = 0
 
     def look(batch: LossOfOutput, weight: float) -> Tensor:
@@ -108,12 +113,11 @@ def fisher(
             _check_likelihood(batch, likelihood)
         else:
             _check_sum_over_examples(batch)
-        gradient = batch.gradient()
-        return weight * torch.cat((gradient, batch.loss.to(gradient).reshape(1)))
+        return weight * batch.gradient_and_loss()
 
     packed = total(look)
     if kind == "empirical":
-        _check_rows(batches, examples)
+        _check_rows(loss.batches, examples)
 
     def empirical(v: Tensor, batch: LossOfOutput, weight: float) -> Tensor:
         """Row i of the slopes is weight · ∇ℓᵢ / N, seen from the output."""
@@ -135,7 +139,7 @@ def fisher(
         size=len(packed) - 1,
         dtype=packed.dtype,
         device=packed.device,
-        parts=places(chosen),
+        parts=places(loss.parameters),
         loss=packed[-1].item(),
         gradient=packed[:-1],
     )

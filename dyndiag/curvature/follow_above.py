@@ -111,7 +111,7 @@ class FollowerAbove:
         """The first pair that is above the level, or may be, with too large a residual."""
         values, norms = subspace.values, subspace.residuals(0, len(subspace.values))[1]
         allowed = np.maximum(self._tolerance * np.abs(values), 2 * subspace.rounding)
-        reach = values + np.minimum(norms, norms**2 / np.maximum(level - values, 1e-300))
+        reach = values + norms * (norms / np.maximum(np.maximum(norms, level - values), 1e-300))
         unclear = (norms + subspace.rounding > allowed) & ((values > level) | (reach > level))
         return int(unclear.argmax()) if unclear.any() else None
 

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from dyndiag.curvature.draws import fixed_generator, rademacher
-from dyndiag.curvature.operator import Operator
-from dyndiag.curvature.readings import exact_dtype, total
+from dyndiag.curvature.operator import Operator, require_operator
+from dyndiag.curvature.readings import exact_dtype, square_of
 from dyndiag.curvature.results import FrobeniusNorm, Outcome
 from dyndiag.errors import DyndiagError
 
@@ -34,20 +34,19 @@ def frobenius_norm(
     Without a `generator`, the same answer at every call. Memory: three vectors of size numbers; one
     sync a product.
     """
+    require_operator(operator)
     if max_products < 1 or not relative_error > 0:
         raise DyndiagError(
             "max_products must be at least 1 and relative_error above 0, but they are "
             f"{max_products} and {relative_error}"
         )
     generator = generator or fixed_generator()
-    exact = exact_dtype(operator)
     if operator.size <= max_products:
-        square = torch.zeros((), dtype=exact, device=operator.device)
+        square = torch.zeros((), dtype=exact_dtype(operator), device=operator.device)
         for i in range(operator.size):
             unit = torch.zeros(operator.size, dtype=operator.dtype, device=operator.device)
             unit[i] = 1.0
-            column = operator.product(unit)
-            square += total(column * column, exact)
+            square += square_of(operator.product(unit))
         value = math.sqrt(square.item())
         outcome = Outcome.CONVERGED if math.isfinite(value) else Outcome.NOT_FINITE
         return FrobeniusNorm(value, 0.0, operator.size, outcome)
@@ -56,7 +55,7 @@ def frobenius_norm(
     outcome, value, error = Outcome.BUDGET_SPENT, math.nan, math.nan
     while len(squares) < max_products:
         image = operator.product(rademacher(operator, generator))
-        squares.append(total(image * image, exact).item())
+        squares.append(square_of(image).item())
         value = math.sqrt(np.mean(squares)) if math.isfinite(squares[-1]) else math.nan
         if math.isnan(value):
             outcome, error = Outcome.NOT_FINITE, math.nan

@@ -6,11 +6,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-import torch
 from torch import Tensor, nn
 
-from dyndiag.curvature.data import chosen_parameters, pieces, places
-from dyndiag.curvature.engines.loss import Loss, in_full_precision
+from dyndiag.curvature.data import places
+from dyndiag.curvature.engines.loss import in_full_precision, loss_over
 from dyndiag.curvature.operator import Operator
 from dyndiag.curvature.outputs import (
     LossOfOutput,
@@ -73,10 +72,16 @@ def gauss_newton(
     Source: Schraudolph, Fast curvature matrix-vector products for second-order gradient descent,
     Neural Computation 14 (2002) 1723–1738.
     """
-    chosen = chosen_parameters(model, parameters)
-    parts = pieces(model, loss_fn, data, micro_batch=micro_batch, reduction=reduction, size=size)
-    batches, shares = zip(*parts, strict=True)
-    loss = Loss(model, loss_fn, batches, shares, chosen, progress=progress)
+    loss = loss_over(
+        model,
+        loss_fn,
+        data,
+        parameters,
+        micro_batch=micro_batch,
+        reduction=reduction,
+        size=size,
+        progress=progress,
+    )
     total = over_batches(in_full_precision(loss)[0])
     looks = 0
 
@@ -90,8 +95,7 @@ def gauss_newton(
         if looks == 0:
             check_products(batch)
         looks += 1
-        gradient = batch.gradient()
-        return weight * torch.cat((gradient, batch.loss.to(gradient).reshape(1)))
+        return weight * batch.gradient_and_loss()
 
     packed = total(look)
     return GaussNewton(
@@ -99,7 +103,7 @@ def gauss_newton(
         size=len(packed) - 1,
         dtype=packed.dtype,
         device=packed.device,
-        parts=places(chosen),
+        parts=places(loss.parameters),
         loss=packed[-1].item(),
         gradient=packed[:-1],
     )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dyndiag.curvature.draws import fixed_generator, gaussian
-from dyndiag.curvature.operator import Operator
+from dyndiag.curvature.operator import Operator, require_operator
 from dyndiag.errors import DyndiagError
 
 Norm = Literal["sign", "spectral"]
@@ -71,6 +71,7 @@ def generalized_sharpness(
     >>> generalized_sharpness(diagonal, "sign").value  # every entry of d at ±1 but the last, at 0
     5.0
     """
+    require_operator(operator)
     if norm not in get_args(Norm):
         raise DyndiagError(f"norm must be one of {', '.join(get_args(Norm))}, not {norm!r}")
     if restarts < 1 or max_products < 2 * restarts:

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from dyndiag.curvature import chebyshev
-from dyndiag.curvature.data import chosen_parameters, pieces
 from dyndiag.curvature.eigenpairs import eigenpairs
 from dyndiag.curvature.engines.finite_differences import displaced
-from dyndiag.curvature.engines.loss import Loss, needs_copies
+from dyndiag.curvature.engines.loss import Loss, loss_over, needs_copies
 from dyndiag.curvature.hessian import LossHessian, hessian
 from dyndiag.curvature.results import Eigenpairs
 from dyndiag.errors import DyndiagError
@@ -103,10 +102,7 @@ def gradient_flow_sharpness(
             "gradient flow is followed through weights and buffers of 32 or 64 bits, and some of "
             "the model's have 16: convert a copy of the model with .float() or .double()"
         )
-    chosen = chosen_parameters(model, parameters)
-    parts = pieces(model, loss_fn, data, reduction=reduction, size=size)
-    batches, shares = zip(*parts, strict=True)
-    loss = Loss(model, loss_fn, batches, shares, chosen)
+    loss = loss_over(model, loss_fn, data, parameters, reduction=reduction, size=size)
     flow = _Flow(loss, tolerance, gradient_tolerance, max_gradients)
     ended = flow.run(progress)
 

@@ -8,11 +8,11 @@ from typing import Any, Literal, TypeVar
 
 from torch import Tensor, nn
 
-from dyndiag.curvature.data import chosen_parameters, pieces, places
+from dyndiag.curvature.data import places
 from dyndiag.curvature.engines.cached import double_backward
 from dyndiag.curvature.engines.choice import choose
 from dyndiag.curvature.engines.engine import Check, Engine
-from dyndiag.curvature.engines.loss import Loss, in_full_precision
+from dyndiag.curvature.engines.loss import in_full_precision, loss_over
 from dyndiag.curvature.operator import Operator
 from dyndiag.errors import DyndiagError
 
@@ -87,6 +87,8 @@ def hessian(
     The model stays in its mode. In train mode all products see the same dropout masks, drawn from a
     fixed seed, and BatchNorm couples the examples of a batch. Neither building nor multiplying
     leaves a trace in model, gradients or random streams. Changed weights or modes make it raise.
+    What an embedding looks up of its padding row is a constant, as in training. One with
+    `max_norm`, which changes its weights in each forward pass, is refused.
 
     Products are in float32, or float64 if a parameter is: autocast in `loss_fn` is off, and where
     the model has weights or buffers of 16 bits, model and floating point inputs run as float32
@@ -110,10 +112,16 @@ def hessian(
     5 more where these do not settle it. An engine that was asked for
     warns where it fails the check.
     """
-    chosen = chosen_parameters(model, parameters)
-    parts = pieces(model, loss_fn, data, micro_batch=micro_batch, reduction=reduction, size=size)
-    batches, shares = zip(*parts, strict=True)
-    loss = Loss(model, loss_fn, batches, shares, chosen, progress=progress)
+    loss = loss_over(
+        model,
+        loss_fn,
+        data,
+        parameters,
+        micro_batch=micro_batch,
+        reduction=reduction,
+        size=size,
+        progress=progress,
+    )
     loss, precision = in_full_precision(loss)
     found, used = choose(loss, engine)
     return LossHessian(
@@ -121,7 +129,7 @@ def hessian(
         size=len(found.gradient),
         dtype=found.gradient.dtype,
         device=found.gradient.device,
-        parts=places(chosen),
+        parts=places(loss.parameters),
         loss=found.loss.item(),
         gradient=found.gradient,
         engine=replace(used, reason=used.reason + precision),

@@ -36,6 +36,9 @@ _COLUMNS = 1 << 16
 _SUM = 1 << 14
 """Terms that a dot product on the CPU sums in the basis's own dtype."""
 
+_PIECE = 1 << 18
+"""Entries whose norm is taken at once on a CPU: of 20 million, in an eighth of the time."""
+
 _MATMULS: tuple[Any, ...] = (
     torch.backends.cuda.matmul,
     getattr(torch.backends.mkldnn, "matmul", None),
@@ -280,8 +283,10 @@ def _dots(rows: Tensor, vector: Tensor) -> Tensor:
 def norms(vectors: Tensor) -> Tensor:
     """Euclidean norms along the last dimension, summed in float64.
 
-    Summed in float32, the norm of 670,000 entries is off by 7e-6: sixty times eps.
+    Summed in float32, the norm of 670,000 entries is off by 7e-6: sixty times eps. On a CPU piece
+    by piece, where the whole would be copied to float64 first.
     """
     exact = vectors.dtype if vectors.device.type == "mps" else torch.float64  # MPS has no float64
-    found: Tensor = torch.linalg.vector_norm(vectors, dim=-1, dtype=exact)
-    return found
+    pieces = vectors.split(_PIECE, dim=-1) if vectors.is_cpu else (vectors,)
+    found = [torch.linalg.vector_norm(piece, dim=-1, dtype=exact) for piece in pieces]
+    return found[0] if len(found) == 1 else torch.linalg.vector_norm(torch.stack(found), dim=0)

@@ -8,9 +8,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from dyndiag.curvature.data import chosen_parameters, number_of_examples, pieces
+from dyndiag.curvature.data import number_of_examples
 from dyndiag.curvature.eigenpairs import eigenpairs
-from dyndiag.curvature.engines.loss import Loss, in_full_precision
+from dyndiag.curvature.engines.loss import in_full_precision, loss_over
 from dyndiag.curvature.operator import Operator
 from dyndiag.curvature.outputs import LossOfOutput, check_products, over_batches
 from dyndiag.curvature.results import Eigenpairs
@@ -45,11 +45,11 @@ def neural_tangent_kernel(
 
     Source: Jacot, Gabriel & Hongler (2018), "Neural tangent kernel", arXiv 1806.07572.
     """
-    chosen = chosen_parameters(model, parameters)
-    parts = pieces(model, loss_fn, data, micro_batch=micro_batch, size=size)
-    batches, shares = zip(*parts, strict=True)
-    examples = sum((size or _examples)(batch) for batch in batches)
-    loss = in_full_precision(Loss(model, loss_fn, batches, shares, chosen, progress=progress))[0]
+    loss = loss_over(
+        model, loss_fn, data, parameters, micro_batch=micro_batch, size=size, progress=progress
+    )
+    examples = sum((size or _examples)(batch) for batch in loss.batches)
+    loss = in_full_precision(loss)[0]
     total = over_batches(loss)
     lengths: list[int] = []
 

@@ -83,6 +83,15 @@ class Operator:
         return LinearOperator((self.size, self.size), matvec, matvec, dtype=np.dtype(precision))
 
 
+def require_operator(operator: object) -> None:
+    if not isinstance(operator, Operator):
+        raise DyndiagError(
+            f"an operator is needed, such as hessian(model, loss_fn, data), but a "
+            f"{type(operator).__name__} came: make one of a matrix by "
+            "Operator(lambda v: matrix @ v, len(matrix), matrix.dtype, matrix.device)"
+        )
+
+
 def shifted(operator: Operator, number: float) -> Operator:
     """A + number · I, such as the weight decay that a loss leaves out. One product of A each."""
     shift = _finite(number)

@@ -66,6 +66,11 @@ class LossOfOutput:
         """∂loss/∂weights, (size,)."""
         return self.transposed_product([slope.detach() for slope in self.slopes])
 
+    def gradient_and_loss(self) -> Tensor:
+        """(size + 1,): ∂loss/∂weights, then the loss."""
+        gradient = self.gradient()
+        return torch.cat((gradient, self.loss.to(gradient).reshape(1)))
+
     def jacobian_product(self, v: Tensor) -> list[Tensor]:
         """J v, J = ∂z/∂weights, for v (size,): the derivative of Jᵀw by w, applied to v."""
         w, pulled = self._pulled or _pull_back(self.outputs, self.parameters)

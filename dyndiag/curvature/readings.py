@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dyndiag.curvature.lanczos import Floats
+from dyndiag.curvature.lanczos import Floats, norms
 from dyndiag.curvature.operator import Operator
 
 
@@ -33,9 +33,9 @@ class Readings:
 
     def add(self, d: Tensor, square: Tensor) -> None:
         """`square`: 0-d, this probe's estimate of ‖A‖_F²."""
-        change = d - self.diagonal
-        self.diagonal += change / (len(self) + 1)
-        self._scatter += total(change * (d - self.diagonal), self._exact)
+        change, before = d - self.diagonal, len(self)
+        self.diagonal += change / (before + 1)
+        self._scatter += before / (before + 1) * square_of(change)
         sums = [total(d[part], self._exact) for part in self._parts]
         self._rows.append(torch.stack([total(d, self._exact), square.to(self._exact), *sums]))
 
@@ -50,6 +50,11 @@ class Readings:
         if not np.isfinite(flat).all():
             return np.full_like(table, np.nan), math.nan
         return table, 2 * flat[-1] / (len(self) - 1) if len(self) > 1 else math.nan
+
+
+def square_of(vector: Tensor) -> Tensor:
+    """‖vector‖², 0-d. Squares of entries below 1e-23 or above 1e19 do not fit into float32."""
+    return norms(vector) ** 2
 
 
 def total(values: Tensor, dtype: torch.dtype) -> Tensor:

@@ -13,8 +13,8 @@ from dyndiag.curvature.deflation import Deflation
 from dyndiag.curvature.draws import fixed_generator, gaussian, rademacher
 from dyndiag.curvature.lanczos import Floats
 from dyndiag.curvature.memory import require, vectors_that_fit
-from dyndiag.curvature.operator import Operator
-from dyndiag.curvature.readings import Readings, exact_dtype, total
+from dyndiag.curvature.operator import Operator, require_operator
+from dyndiag.curvature.readings import Readings, exact_dtype, square_of, total
 from dyndiag.curvature.results import Outcome, Trace
 from dyndiag.curvature.xtrace import WIDENING, XTrace
 from dyndiag.errors import DyndiagError
@@ -70,6 +70,7 @@ def trace(
     to it, 16 and one for each row of the basis; one a product for "hutch++", 2.5 for "xtrace". At
     most one sync a product, none for the first six.
     """
+    require_operator(operator)
     _check(method, relative_error, absolute_error, max_products)
     goal = _Goal(relative_error, absolute_error)
     generator = generator or fixed_generator()
@@ -288,7 +289,7 @@ def _exact(operator: Operator) -> Trace:
         unit[i] = 1.0
         column = operator.product(unit)
         diagonal[i] = column[i]
-        square += total(column * column, square.dtype)
+        square += square_of(column)
     readings.add(diagonal, square)
     table, _ = readings.numbers()
     look = _Look(readings, table, 0.0)

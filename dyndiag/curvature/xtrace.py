@@ -8,7 +8,7 @@ from torch import Tensor
 from dyndiag.curvature.draws import gaussian
 from dyndiag.curvature.lanczos import ROUNDING, norms
 from dyndiag.curvature.operator import Operator
-from dyndiag.curvature.readings import Readings, exact_dtype, total
+from dyndiag.curvature.readings import Readings, exact_dtype, square_of
 
 WIDENING = 1.3
 """The scatter of estimates that share their products is 10 to 25 % too small."""
@@ -43,7 +43,7 @@ class XTrace:
         omega = gaussian(self._operator, self._generator)
         y = self._operator.product(omega)
         q, column = self._orthogonal(y)
-        floor = ROUNDING * torch.finfo(y.dtype).eps * torch.linalg.vector_norm(column)
+        floor = ROUNDING * torch.finfo(y.dtype).eps * norms(column)
         # Nothing of y is new where A has a low rank: any direction does.
         spare, _ = self._orthogonal(gaussian(self._operator, self._generator))
         new = column[-1] > floor
@@ -72,7 +72,7 @@ class XTrace:
         basis, images = torch.stack(self._basis), torch.stack(self._images)
         r = r.to(basis.dtype)
         basis_diagonal = (basis * images).sum(0)
-        basis_square = total(images * images, exact)
+        basis_square = torch.stack([square_of(image) for image in self._images]).sum()
         found = Readings(self._operator)
         for i, omega in enumerate(self._vectors):
             s = left_out[:, i].to(basis.dtype)
@@ -84,8 +84,8 @@ class XTrace:
             scale = torch.where(length > 0, (n - k + 1) / length, 0.0)
             q_out, image_out = s @ basis, s @ images
             d = basis_diagonal - q_out * image_out + scale.to(w.dtype) * (w * sent)
-            square = basis_square - total(image_out * image_out, exact)
-            found.add(d, square + scale * total(sent * sent, exact))
+            square = basis_square - square_of(image_out)
+            found.add(d, square + scale * square_of(sent))
         return found
 
     def _orthogonal(self, vector: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from dyndiag.curvature import hessian
 from dyndiag.curvature.batch_sharpness import mean_batch_sharpness, ratio_of_means
@@ -80,6 +83,46 @@ def test_a_batch_is_what_the_hessian_and_its_gradient_give() -> None:
 def _dense(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     operator = hessian(model, cross_entropy, batch)
     return torch.stack([operator.product(row) for row in torch.eye(operator.size)])
+
+
+class DetachedSquare(torch.autograd.Function):
+    """A right gradient and a silently wrong second derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return gradients[0] * 2 * ctx.saved_tensors[0].detach()
+
+
+def test_a_kernel_with_a_wrong_second_derivative_does_not_pass_unseen() -> None:
+    def by_kernel(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        squares: Tensor = DetachedSquare.apply(model(batch[0]) - batch[1])  # type: ignore[no-untyped-call]
+        return 0.5 * squares.sum()
+
+    rows = torch.randn(12, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    model, data = least_squares(rows)
+    expected = mean_batch_sharpness(model, half_square, data)
+    found = mean_batch_sharpness(model, by_kernel, data)
+    assert found.value == pytest.approx(expected.value, rel=1e-4)
+
+
+def test_it_leaves_loader_and_teacher_as_they_were() -> None:
+    rows, draws = torch.randn(12, 6), torch.Generator().manual_seed(1)
+    loader = DataLoader(TensorDataset(rows), batch_size=4, shuffle=True, generator=draws)
+    model, teacher = nn.Linear(6, 1), nn.BatchNorm1d(6)
+    before, buffers = draws.get_state(), copy.deepcopy(teacher.state_dict())
+
+    def loss_fn(model: nn.Module, batch: tuple[Tensor]) -> Tensor:
+        loss: Tensor = model(teacher(batch[0])).square().mean()
+        return loss
+
+    mean_batch_sharpness(model, loss_fn, loader)
+    assert torch.equal(draws.get_state(), before)
+    assert all(torch.equal(teacher.state_dict()[name], buffers[name]) for name in buffers)
 
 
 def test_a_batch_at_its_own_optimum_has_no_ratio() -> None:

@@ -16,7 +16,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from dyndiag.curvature.data import chosen_parameters, cut, number_of_examples, pieces
+from dyndiag.curvature.data import (
+    chosen_parameters,
+    cut,
+    number_of_examples,
+    pieces,
+    read_once,
+)
 from dyndiag.errors import DyndiagError
 from tests.oracles.networks import Attention, cnn, cross_entropy, mlp
 from tests.oracles.spectra import seeded
@@ -148,6 +154,15 @@ class TestPieces:
         assert lengths == {None: [7, 3], 1: [1] * 10, 3: [3, 3, 1, 3], 10: [7, 3]}[micro_batch]
         assert [weight for _, weight in found] == pytest.approx([n / 10 for n in lengths])
 
+    def test_reading_does_not_end_the_trainings_own_pass_over_the_loader(self):
+        rows = TensorDataset(torch.arange(12.0))
+        loader = DataLoader(rows, batch_size=4, num_workers=1, persistent_workers=True)
+        seen = []
+        for (batch,) in loader:
+            seen += batch.tolist()
+            assert len(read_once(mlp(), loader)) == 3
+        assert seen == list(range(12))
+
     def test_sums_weigh_one(self):
         found = pieces(mlp(), summed, data(), micro_batch=4, reduction="sum")
         assert [weight for _, weight in found] == [1, 1, 1]
@@ -172,8 +187,20 @@ class TestPieces:
             (summed, mlp()),
             (lambda m, b: m(b[0]).var(), mlp()),
             (cross_entropy, nn.Sequential(mlp(), nn.BatchNorm1d(3).double()).train()),
+            (of_positive, nn.Sequential(nn.Dropout(0.5), mlp()).train()),
+            (
+                cross_entropy,
+                nn.Sequential(nn.Dropout(0.5), mlp(), nn.BatchNorm1d(3).double()).train(),
+            ),
         ],
-        ids=["labels ignored", "sum", "examples coupled", "BatchNorm"],
+        ids=[
+            "labels ignored",
+            "sum",
+            "examples coupled",
+            "BatchNorm",
+            "labels ignored, dropout",
+            "BatchNorm, dropout",
+        ],
     )
     def test_a_loss_that_is_no_mean_over_its_examples(self, loss_fn, model):
         with pytest.raises(DyndiagError, match=r"becomes [\d.]+, but it is [\d.]+: pass reduction"):
@@ -184,6 +211,17 @@ class TestPieces:
         state = torch.get_rng_state()
         assert len(pieces(model, cross_entropy, data(), micro_batch=4)) == 3
         assert torch.equal(torch.get_rng_state(), state)
+        assert all(module.training for module in model.modules())
+
+        def noisy(model: nn.Module, batch: Any) -> Tensor:
+            return cross_entropy(model, batch) + torch.randn(())
+
+        assert len(pieces(model, noisy, data(), micro_batch=4)) == 3
+
+        def in_train_mode_alone(model: nn.Module, batch: Any) -> Tensor:
+            return {True: cross_entropy(model, batch)}[model.training]
+
+        assert len(pieces(model, in_train_mode_alone, data(), micro_batch=4)) == 3
 
     def test_what_the_loss_lacks_is_said_by_what_differentiates_it(self):
         for loss_fn in (
@@ -222,6 +260,16 @@ class TestParameters:
         assert list(chosen_parameters(model, model[4].bias)) == ["4.bias"]
         model[4].bias.requires_grad_(False)
         assert list(chosen_parameters(model, model[4].parameters())) == ["4.weight"]
+
+    def test_arguments_of_another_kind(self):
+        with pytest.raises(
+            DyndiagError, match=r"must be a torch\.nn\.Module, but it is a function"
+        ):
+            chosen_parameters(cross_entropy)
+        with pytest.raises(DyndiagError, match=r"parameters themselves, but one is a int"):
+            chosen_parameters(mlp(), 3)
+        with pytest.raises(DyndiagError, match=r"loss_fn must be a function.*it is a NoneType"):
+            pieces(mlp(), None, data())
 
     def test_a_name_is_no_prefix_of_another_module(self):
         model = nn.ModuleDict({"block": nn.Linear(1, 1), "block2": nn.Linear(1, 1)})

@@ -178,6 +178,8 @@ def test_one_point_of_mass(value):
     found = spectral_density(of_diagonal(np.full(30, value)))
     assert found.converged
     assert found.products == 2
+    assert found.negative_mass == (value < 0)
+    assert found.zero_mass == (value == 0)
     assert found.grid[found.density.argmax()] == pytest.approx(value, abs=found.kernel_width)
     assert torch.trapezoid(found.density, found.grid).item() == pytest.approx(1.0, abs=1e-3)
 

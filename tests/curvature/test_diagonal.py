@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from dyndiag.curvature import Operator, Outcome
+from dyndiag.curvature import Operator, Outcome, spectral_density, trace
 from dyndiag.curvature.diagonal import diagonal
 from dyndiag.curvature.frobenius import frobenius_norm
 from dyndiag.errors import DyndiagError
@@ -49,6 +49,25 @@ def test_the_norm_and_its_error():
     assert squares.mean() == pytest.approx(exact**2, abs=4 * squares.std() / 10)
     said = np.sqrt(np.mean([f.standard_error**2 for f in found]))
     assert said == pytest.approx(np.std([f.value for f in found]), rel=0.3)
+
+
+@pytest.mark.parametrize("scale", [2.0**-100, 2.0**100])
+@BOTH
+def test_scale_does_not_matter_even_where_float32_holds_no_squares(estimate, scale):
+    matrix = matrix_with(SPECTRA["indefinite"])
+    plain = estimate(of_matrix(matrix, torch.float32), max_products=20)
+    found = estimate(of_matrix(scale * matrix, torch.float32), max_products=20)
+    assert (found.products, found.outcome) == (plain.products, plain.outcome)
+    for name in ("value", "standard_error"):
+        expected = scale * np.asarray(getattr(plain, name), dtype=float)
+        assert np.all(expected > 0) or name == "value"
+        np.testing.assert_allclose(getattr(found, name), expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("estimate", [diagonal, frobenius_norm, trace, spectral_density])
+def test_what_is_no_operator(estimate):
+    with pytest.raises(DyndiagError, match=r"an operator is needed.*a Linear came"):
+        estimate(torch.nn.Linear(2, 2))
 
 
 def test_they_stop_at_the_error_asked_for():

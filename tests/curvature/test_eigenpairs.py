@@ -478,6 +478,8 @@ class TestAtTheDoor:
         ("options", "sentence"),
         [
             ({"k": 0}, r"between 1 and the operator's size, 3, but it is 0"),
+            ({"k": 2.0}, r"a whole number between 1 .* but it is 2.0"),
+            ({"start": [1.0, 2.0, 3.0]}, r"a tensor of shape \(3,\).*but it is \[1.0"),
             ({"k": 4}, r"between 1 and the operator's size, 3, but it is 4"),
             ({"which": "LM"}, r"one of largest, smallest, both, magnitude, not 'LM'"),
             ({"relative_tolerance": 0.0}, r"above 0, but they are 0.0 and 0.01"),
@@ -495,6 +497,10 @@ class TestAtTheDoor:
     def test_bad_arguments(self, options, sentence):
         with pytest.raises(DyndiagError, match=sentence):
             eigenpairs(self.operator, **options)
+
+    def test_no_operator(self):
+        with pytest.raises(DyndiagError, match="Operator"):
+            eigenpairs(torch.nn.Linear(2, 2))
 
 
 @st.composite

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import random
 from collections import Counter
 from collections.abc import Callable
@@ -234,6 +235,25 @@ class TestWithoutASecondDerivative:
         misfit = (operator.product(v).double() - expected).norm()
         assert misfit < (1e-8 if dtype == torch.float64 else 1e-3) * expected.norm()
 
+    @pytest.mark.parametrize("scale", [2.0**-100, 2.0**100])
+    def test_a_wrong_kernel_is_seen_at_any_scale_of_the_loss(self, scale):
+        """Even where float32 holds no squares of its second derivatives."""
+
+        def scaled(model: nn.Module, batch: Any) -> Tensor:
+            return scale * cross_entropy(model, batch)
+
+        x, y = digits()
+        batch = x.float(), y
+        operator = hessian(with_kernel(Detached).float(), scaled, batch)
+        assert operator.engine.name == "finite_differences"
+        assert operator.engine.check.outcome == "agrees"
+        v = vector(operator.size, torch.float32)
+        expected = hessian(mlp().float(), cross_entropy, batch).product(v)
+        image = (operator.product(v).double() / scale).float()
+        assert (image - expected).norm() < 1e-3 * expected.norm()
+        right = hessian(mlp().float(), scaled, batch).engine
+        assert (right.name, right.check.outcome) == ("cached", "agrees")
+
     def test_flash_attention_where_the_loss_insists_on_it(self):
         def flash(model: nn.Module, tokens: Tensor) -> Tensor:
             with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
@@ -335,6 +355,39 @@ class TestCheck:
         assert calls["another"] == 5
         hessian(mlp(), counting("another model"), digits())
         assert calls["another model"] == 5
+
+    def test_other_functions_in_the_same_code_are_checked_anew(self):
+        """A loss made of its parts by one factory, or by functools.partial."""
+
+        def composed(model: nn.Module, batch: Any, kernel: Callable[[Tensor], Tensor]) -> Tensor:
+            return kernel(model(batch[0])).square().mean()
+
+        def made(kernel: Callable[[Tensor], Tensor]) -> Callable[[nn.Module, Any], Tensor]:
+            return lambda model, batch: composed(model, batch, kernel)
+
+        def partly(kernel: Callable[[Tensor], Tensor]) -> Callable[[nn.Module, Any], Tensor]:
+            return functools.partial(composed, kernel=kernel)
+
+        for of in (made, partly):
+            model = mlp()
+            assert hessian(model, of(torch.square), digits()).engine.name == "cached"
+            wrong = hessian(model, of(Detached.apply), digits()).engine
+            assert wrong.name == "finite_differences"
+            assert "its products are wrong" in wrong.reason
+            assert hessian(model, of(torch.square), digits()).engine.name == "cached"
+
+    def test_other_modules_are_checked_anew(self):
+        model = mlp()
+        assert hessian(model, cross_entropy, digits()).engine.name == "cached"
+        model[1] = Custom(Detached)
+        assert hessian(model, cross_entropy, digits()).engine.name == "finite_differences"
+
+    def test_other_parameters_are_checked_anew(self):
+        """Those behind the wrong kernel have the right second derivative."""
+        model = with_kernel(Detached)
+        last = list(model.parameters())[-1]
+        assert hessian(model, cross_entropy, digits(), parameters=last).engine.name == "cached"
+        assert hessian(model, cross_entropy, digits()).engine.name == "finite_differences"
 
     def test_it_remembers_what_failed(self):
         model = with_kernel(Detached)

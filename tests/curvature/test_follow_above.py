@@ -44,6 +44,19 @@ def test_all_above_a_level_while_the_matrix_drifts(dtype: torch.dtype) -> None:
     assert provisional >= 10 and counts == {7, 8}
 
 
+@pytest.mark.parametrize("scale", [2.0**-100, 2.0**100])
+def test_scale_does_not_matter_even_where_float32_holds_no_squares(scale: float) -> None:
+    spectrum = np.r_[np.linspace(-0.5, 1, 190), 2.5, 3.0, 3.5, 4.0, 4.3, 4.6, 4.8, 4.9, 5.0, 5.0]
+    matrix, other = matrix_with(spectrum), matrix_with(spectrum, seed=1)
+    small, plain = FollowerAbove(seeded(0)), FollowerAbove(seeded(0))
+    for t in np.linspace(0, 0.05, 4):
+        moved = (1 - t) * matrix + t * other
+        found = small.above(of_matrix(scale * moved, torch.float32), 3.2 * scale)
+        expected = plain.above(of_matrix(moved, torch.float32), 3.2)
+        assert (found.products, found.converged) == (expected.products, expected.converged)
+        assert found.values.numpy() == pytest.approx(scale * expected.values.numpy(), rel=1e-5)
+
+
 def test_several_reach_the_edge_of_a_training_run() -> None:
     """Full-batch descent: every eigenvalue above three quarters of 2/η, against the dense truth."""
     follower, most, threshold = FollowerAbove(seeded(0)), 0, 2 / 0.9

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -25,7 +26,7 @@ from tests.oracles.networks import (
 )
 from tests.oracles.networks import _data as data
 from tests.oracles.networks import _drawn as drawn
-from tests.oracles.spectra import seeded
+from tests.oracles.spectra import dense, seeded
 
 
 class Queries(nn.Module):
@@ -206,10 +207,7 @@ CASES: dict[str, Callable[[], Problem]] = {
 ENGINES = ["auto", "forward_over_reverse", "finite_differences"]
 TOLERANCES = {"hugging face llama": 2e-3}
 """Its normalisation is in float32, so differences are no better."""
-NO_FORWARD_DERIVATIVE = {
-    "hugging face llama": "silu_backward",
-    "sparse embeddings": "sparse_coo_tensor",
-}
+NO_FORWARD_DERIVATIVE = {"hugging face llama": "silu_backward"}
 
 
 def true_product(problem: Problem, v: Tensor, step: float = 1e-4) -> Tensor:
@@ -265,6 +263,59 @@ def test_products_are_those_of_the_loss(name, engine):
     rounding = (coarse or 1e-8) if engine == "finite_differences" else exact
     assert abs(u @ image - mirrored) < rounding * expected.norm()
     assert torch.equal(operator.product(v), image)
+
+
+@pytest.mark.parametrize("engine", [*ENGINES, "linearised"])
+@pytest.mark.parametrize("module", [True, False], ids=["a tied module", "the weight itself"])
+def test_a_padding_row_that_the_output_layer_uses_too(module, engine):
+    """Looked up, the row is a constant, as to the backward pass; as an output it is a weight."""
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(5, 3, padding_idx=0)
+            self.head = nn.Linear(3, 5, bias=False)
+            if module:
+                self.head.weight = self.table.weight
+            nn.init.normal_(self.table.weight, generator=seeded(3))
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            hidden = torch.tanh(self.table(tokens)).cumsum(1)
+            return self.head(hidden) if module else hidden @ self.table.weight.T
+
+    def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return F.cross_entropy(model(batch[0]).flatten(0, 1), batch[1].flatten())
+
+    model = Tied().double()
+    tokens = torch.tensor([[1, 2, 0], [3, 0, 0], [4, 4, 1]])
+    labels = torch.tensor([[2, 0, 1], [0, 3, 3], [4, 1, 2]])
+    operator = hessian(model, loss_fn, (tokens, labels), engine=engine, parameters="table.weight")
+    weight = model.table.weight.detach()
+
+    def by_hand(flat: Tensor) -> Tensor:
+        table = flat.view(5, 3)
+        looked_up = torch.cat((weight[:1], table[1:]))[tokens]
+        scores = torch.tanh(looked_up).cumsum(1) @ table.T
+        return F.cross_entropy(scores.flatten(0, 1), labels.flatten())
+
+    expected = torch.func.hessian(by_hand)(weight.flatten())
+    assert operator.engine.name == {"auto": "cached"}.get(engine, engine)
+    assert operator.engine.check.outcome == "agrees"
+    assert (dense(operator) - expected).norm() < 1e-6 * expected.norm()
+
+
+def test_weights_that_the_forward_pass_renormalises():
+    model = nn.Sequential(nn.Embedding(5, 3, max_norm=1.0), nn.Linear(3, 3))
+    batch = (torch.tensor([1, 2, 4]), torch.tensor([0, 1, 2]))
+
+    def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return F.cross_entropy(model(batch[0]), batch[1])
+
+    with pytest.raises(DyndiagError, match=r"0\.weight is cut to max_norm=1\.0 in each forward"):
+        hessian(model, loss_fn, batch)
+    operator = hessian(model, loss_fn, batch, parameters="1")
+    v = vector(operator.size).float()
+    assert operator.product(v).norm() > 0
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "bert"])
@@ -364,6 +415,22 @@ class TestPrecision:
             # The batch is rounded by nothing but float32.
             assert (image - expected.product(v)).norm() < 1e-5 * expected.product(v).norm()
             assert torch.equal(found.product(v.float()).double(), image)
+
+    def test_batches_that_are_dataclasses(self):
+        @dataclass
+        class Batch:
+            x: Tensor
+            y: Tensor
+
+        x, y = digits()
+        model, batch = mlp().bfloat16(), Batch(x.bfloat16(), y)
+        found = hessian(model, lambda m, b: cross_entropy(m, (b.x, b.y)), batch)
+        expected = hessian(model, cross_entropy, (batch.x, batch.y))
+        assert found.engine == expected.engine
+        assert "on torch.float32 copies" in found.engine.reason
+        v = vector(found.size).float()
+        assert torch.equal(found.product(v), expected.product(v))
+        assert batch.x.dtype is torch.bfloat16
 
     def test_a_model_that_insists_on_16_bits(self):
         class Insists(nn.Module):

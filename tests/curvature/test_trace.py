@@ -50,6 +50,18 @@ def test_a_small_matrix_is_exact_at_a_product_a_column():
     assert found.interval() == (found.value, found.value)
 
 
+@pytest.mark.parametrize("scale", [2.0**-100, 2.0**100])
+@pytest.mark.parametrize("method", ["auto", *METHODS])
+def test_scale_does_not_matter_even_where_float32_holds_no_squares(method, scale):
+    matrix = matrix_with(OUTLIERS)
+    plain = trace(of_matrix(matrix, torch.float32), method=method, max_products=60)
+    found = trace(of_matrix(scale * matrix, torch.float32), method=method, max_products=60)
+    assert (found.products, found.outcome) == (plain.products, plain.outcome)
+    for name in ("value", "standard_error", "frobenius_norm", "frobenius_norm_error"):
+        assert getattr(found, name) == pytest.approx(scale * getattr(plain, name), rel=1e-4)
+    assert plain.standard_error > 0
+
+
 def test_a_diagonal_is_exact_from_the_first_look():
     found = trace(of_diagonal(OUTLIERS), relative_error=1e-12)
     assert found.converged

@@ -16,6 +16,7 @@ from dyndiag.curvature.draws import fixed_generator
 from dyndiag.curvature.engines.engine import Check
 from dyndiag.curvature.engines.finite_differences import difference, in_float64
 from dyndiag.curvature.engines.loss import Loss
+from dyndiag.curvature.lanczos import norms
 
 _FINE, _ROUGH = (1e-7, 1e-4), (2e-3, 1e-2)
 """Step, in sizes of the weights, and the difference that still counts as agreement: in float64,
@@ -40,9 +41,9 @@ def against_differences(loss: Loss, product: Callable[[Tensor], Tensor], gradien
         wide, narrow = (
             scale.to(to) * difference(run, direction.to(to), h) for h in (step, step / 3)
         )
-        size = max(float(image.norm()), float(narrow.norm())) or 1.0
-        spread = float((wide - narrow).norm()) / size
-        misfit = min(float((image.to(to) - other).norm()) for other in (wide, narrow)) / size
+        size = max(float(norms(image)), float(norms(narrow))) or 1.0
+        spread = float(norms(wide - narrow)) / size
+        misfit = min(float(norms(image.to(to) - other)) for other in (wide, narrow)) / size
         found = Check("inconclusive", misfit, spread, before + 4)  # NaN too
         if misfit <= tolerance:
             return replace(found, outcome="agrees")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable
-from types import FunctionType, MethodType
+from contextlib import suppress
+from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -43,7 +44,7 @@ _FEW = 16
 
 _Key = tuple[object, ...]
 _checked: WeakKeyDictionary[nn.Module, dict[_Key, Check | str]] = WeakKeyDictionary()
-"""By model, then engine and loss function: the check's result, or why there is no derivative."""
+"""By model, then engine and what it multiplied: the check's result, or why there is none."""
 
 
 def choose(loss: Loss, asked: str) -> tuple[Derivatives, Engine]:
@@ -92,7 +93,15 @@ def _asked_for(loss: Loss, name: Name) -> tuple[Derivatives, Engine]:
 def _attempt(loss: Loss, name: Name) -> tuple[Derivatives, Check] | str:
     """The engine with its check, made at its first use; or why it cannot be had."""
     results = _checked.setdefault(loss.model, {})
-    key = (name, _code(loss.loss_fn), loss.dtype, loss.copied, loss.device, loss.model.training)
+    key = (
+        name,
+        _code(loss.loss_fn),
+        tuple(loss.parameters),
+        loss.dtype,
+        loss.copied,
+        loss.device,
+        tuple((type(module), module.training) for module in loss.model.modules()),
+    )
     known = results.get(key)
     if isinstance(known, str):
         return known
@@ -136,11 +145,32 @@ def _off(check: Check) -> str:
 
 
 def _code(function: Any) -> object:
-    """What a function runs: the same for each lambda made at the same place."""
-    while isinstance(function, functools.partial):
-        function = function.func
-    if isinstance(function, MethodType):
-        function = function.__func__
-    if isinstance(function, FunctionType):
-        return function.__code__
-    return type(function)
+    """What a function runs: the same for each lambda made at the same place of the same functions.
+
+    Of an object the type, whatever it holds.
+    """
+    found: list[object] = []
+    todo, seen = [function], set[int]()
+    while todo:
+        of = todo.pop()
+        if id(of) in seen:
+            continue
+        seen.add(id(of))
+        held: list[Any] = []
+        if isinstance(of, functools.partial):
+            held = [of.func, *of.args, *of.keywords.values()]
+        elif isinstance(of, MethodType):
+            held = [of.__func__]
+        elif isinstance(of, FunctionType):
+            held = [*(of.__defaults__ or ()), *(of.__kwdefaults__ or {}).values()]
+            for cell in of.__closure__ or ():
+                with suppress(ValueError):  # a variable that has no value yet
+                    held.append(cell.cell_contents)
+            found.append(of.__code__)
+        elif isinstance(of, BuiltinFunctionType):  # such as the apply of an autograd.Function
+            held = [of.__self__]
+            found.append(of.__qualname__)
+        else:
+            found.append(of if isinstance(of, type) else type(of))
+        todo += [value for value in held if callable(value)]
+    return tuple(found)

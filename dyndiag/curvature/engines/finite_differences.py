@@ -12,6 +12,8 @@ from torch import Tensor
 from dyndiag.curvature.draws import fixed_generator
 from dyndiag.curvature.engines.engine import Check, Derivatives
 from dyndiag.curvature.engines.loss import Loss
+from dyndiag.curvature.engines.surroundings import padding_held
+from dyndiag.curvature.lanczos import norms
 
 _LARGEST, _RATIO, _TRIED = 4.0, 4.0, 6
 """Steps that are tried: `_LARGEST` · eps^⅓ · ‖θ‖, each a quarter of the one before."""
@@ -51,7 +53,8 @@ def difference(loss: Loss, v: Tensor, step: Tensor | float) -> Tensor:
     """(∇L(θ + step · v) − ∇L(θ − step · v)) / (2 step). Two gradients."""
     sides = []
     for sign in (1, -1):
-        with loss.running(), displaced(loss.weights, loss.split(sign * step * v)):
+        offsets = loss.split(sign * step * v)
+        with loss.running(), padding_held(loss.model), displaced(loss.weights, offsets):
             sides.append(loss.value_and_gradient(displaced=True)[:-1])
     return (sides[0] - sides[1]) / (2 * step)
 
@@ -68,7 +71,7 @@ def in_float64(loss: Loss, gradient: Tensor) -> Loss | None:
             found = double.value_and_gradient()[:-1]
     except (RuntimeError, TypeError):
         return None
-    return double if (found - gradient).norm() <= _GOOD * found.norm() else None
+    return double if norms(found - gradient) <= _GOOD * norms(found) else None
 
 
 def _best_step(loss: Loss, gradient: Tensor) -> tuple[Tensor, float]:
@@ -80,7 +83,7 @@ def _best_step(loss: Loss, gradient: Tensor) -> tuple[Tensor, float]:
     eps = max(torch.finfo(w.dtype).eps for w in loss.weights)
     steps = [_LARGEST * eps ** (1 / 3) / _RATIO**k * theta for k in range(_TRIED)]
     images = [difference(loss, direction, step) for step in steps]
-    errors = [float((a - b).norm() / a.norm()) for a, b in pairwise(images)]
+    errors = [float(norms(a - b) / norms(a)) for a, b in pairwise(images)]
     if not any(image.any() for image in images):  # the loss is linear in its parameters
         return steps[0], 0.0
     best = min(range(len(errors)), key=lambda k: errors[k] if errors[k] >= 0 else torch.inf)
@@ -101,5 +104,5 @@ def displaced(weights: Sequence[Tensor], offsets: Sequence[Tensor]) -> Iterator[
 
 
 def _unit(v: Tensor) -> Tensor:
-    length = v.norm()
-    return v / torch.where(length > 0, length, torch.ones_like(length))
+    length = norms(v)
+    return v / torch.where(length > 0, length, torch.ones_like(length)).to(v.dtype)

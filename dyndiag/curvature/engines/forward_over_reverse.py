@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 
 from dyndiag.curvature.engines.engine import Derivatives
 from dyndiag.curvature.engines.loss import Loss, flat
-from dyndiag.curvature.engines.surroundings import standing_in
+from dyndiag.curvature.engines.surroundings import padding_held, standing_in
 
 
 def forward_over_reverse(loss: Loss) -> Derivatives:
@@ -40,7 +40,7 @@ def forward_over_reverse(loss: Loss) -> Derivatives:
                 ]
                 return flat(tangents, loss.weights, loss.dtype)
 
-            with standing_in(loss.model, loss.places(duals)):
+            with padding_held(loss.model), standing_in(loss.model, loss.places(duals)):
                 return loss.total(along)
 
     return Derivatives(start[-1], start[:-1], product)

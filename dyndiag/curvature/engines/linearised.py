@@ -11,7 +11,7 @@ from torch import Tensor
 from dyndiag.curvature.engines.engine import Derivatives
 from dyndiag.curvature.engines.forward_over_reverse import forward_over_reverse
 from dyndiag.curvature.engines.loss import Loss, flat
-from dyndiag.curvature.engines.surroundings import random_streams, standing_in
+from dyndiag.curvature.engines.surroundings import padding_held, random_streams, standing_in
 
 _SAME = 1e-3
 
@@ -59,7 +59,7 @@ def _linear_map(
     loss: Loss, of: Callable[[], Tensor]
 ) -> Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]:
     def value(weights: tuple[Tensor, ...]) -> Tensor:
-        with standing_in(loss.model, loss.places(weights)):
+        with padding_held(loss.model), standing_in(loss.model, loss.places(weights)):
             return of()
 
     at = tuple(w.detach() for w in loss.weights)

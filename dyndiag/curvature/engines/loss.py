@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial, reduce
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dyndiag.curvature.data import fix_random_streams
+from dyndiag.curvature.data import chosen_parameters, fix_random_streams, pieces
 from dyndiag.curvature.engines.surroundings import (
     converted,
     differentiable_checkpoints,
@@ -53,14 +53,7 @@ class Loss:
         self.size = sum(p.numel() for p in self.weights)
         self.dtype, self.device = vector_dtype(self.weights), self.weights[0].device
         self._built_at = self._state()
-        places = {id(p): i for i, p in enumerate(parameters.values())}
-        self._padding = [
-            (places[id(m.weight)], torch.tensor([m.padding_idx], device=self.device))
-            for m in model.modules()
-            if isinstance(m, nn.Embedding | nn.EmbeddingBag)
-            and m.padding_idx is not None
-            and id(m.weight) in places
-        ]
+        _check_no_renormalising(model, parameters)
 
     def in_dtype(self, dtype: torch.dtype) -> Loss:
         return Loss(
@@ -134,15 +127,9 @@ class Loss:
         return self.total(of)
 
     def split(self, v: Tensor) -> list[Tensor]:
-        """The vector as parts of the weights' shapes and dtypes; zero where embeddings pad.
-
-        The gradient of a padding row is held at zero, so it is no direction to move in.
-        """
+        """The vector as parts of the weights' shapes and dtypes."""
         sizes = [w.numel() for w in self.weights]
-        parts = [p.view(w.shape).to(w) for p, w in zip(v.split(sizes), self.weights, strict=True)]
-        for place, row in self._padding:
-            parts[place] = parts[place].index_fill(0, row, 0)
-        return parts
+        return [p.view(w.shape).to(w) for p, w in zip(v.split(sizes), self.weights, strict=True)]
 
     def places(self, weights: Sequence[Tensor]) -> dict[int, Tensor]:
         """For `standing_in`: these in the place of the model's weights."""
@@ -167,6 +154,37 @@ class Loss:
     def _state(self) -> Any:
         modes = [module.training for module in self.model.modules()]
         return versions(list(self.parameters.values())), modes
+
+
+def loss_over(
+    model: nn.Module,
+    loss_fn: Callable[[Any, Any], Tensor],
+    data: Any,
+    parameters: str | Tensor | Iterable[str | Tensor] | None,
+    *,
+    micro_batch: int | None = None,
+    reduction: str = "mean",
+    size: Callable[[Any], int] | None = None,
+    progress: bool = False,
+) -> Loss:
+    """The loss of the data as a function of the parameters asked for, as `hessian` takes them."""
+    chosen = chosen_parameters(model, parameters)
+    parts = pieces(model, loss_fn, data, micro_batch=micro_batch, reduction=reduction, size=size)
+    batches, shares = zip(*parts, strict=True)
+    return Loss(model, loss_fn, batches, shares, chosen, progress=progress)
+
+
+def _check_no_renormalising(model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
+    names = {id(p): name for name, p in parameters.items()}
+    for module in model.modules():
+        if not isinstance(module, nn.Embedding | nn.EmbeddingBag) or module.max_norm is None:
+            continue
+        if (name := names.get(id(module.weight))) is not None:
+            raise DyndiagError(
+                f"{name} is cut to max_norm={module.max_norm} in each forward pass, which changes "
+                "the weights where the derivatives are taken: set the module's max_norm to None "
+                "while you measure, or leave it out of parameters="
+            )
 
 
 def needs_copies(model: nn.Module) -> bool:

@@ -6,13 +6,15 @@ import copy
 import random
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import numpy as np
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 
 @contextmanager
@@ -80,6 +82,43 @@ def standing_in(model: nn.Module, substitutes: Mapping[int, Tensor]) -> Iterator
             table.update(before)
 
 
+@contextmanager
+def padding_held(model: nn.Module) -> Iterator[None]:
+    """Embeddings look up their padding row as it is now, wherever their weights are moved.
+
+    Their backward pass holds its gradient at zero: to it, what was looked up there is a constant.
+    A tied output layer uses the same row, and moves with it.
+    """
+    with ExitStack() as stack:
+        for module in model.modules():
+            if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+                for handle in _hold(module, module.padding_idx):
+                    stack.callback(handle.remove)
+        yield
+
+
+def _hold(module: nn.Embedding, padding: int) -> list[RemovableHandle]:
+    if "weight" not in module._parameters:  # it is made of others
+        return []
+    row = module.weight.detach()[[padding]]
+    index = torch.tensor([padding], device=row.device)
+    before: list[tuple[Any, bool]] = []
+
+    def enter(module: Any, args: Any) -> None:
+        moved = module._parameters["weight"]
+        before.append((moved, module.sparse))
+        # A sparse gradient could not go on to the weights behind the copy.
+        module._parameters["weight"], module.sparse = moved.index_copy(0, index, row), False
+
+    def leave(module: Any, args: Any, output: Any) -> None:
+        module._parameters["weight"], module.sparse = before.pop()
+
+    return [
+        module.register_forward_pre_hook(enter, prepend=True),
+        module.register_forward_hook(leave, always_call=True),
+    ]
+
+
 def converted(batch: Any, dtype: torch.dtype) -> Any:
     """The batch with its floating point tensors in `dtype`."""
     if isinstance(batch, Tensor):
@@ -90,6 +129,12 @@ def converted(batch: Any, dtype: torch.dtype) -> Any:
     if isinstance(batch, list | tuple):
         values = [converted(value, dtype) for value in batch]
         return getattr(batch, "_make", type(batch))(values)
+    if is_dataclass(batch) and not isinstance(batch, type):
+        record = copy.copy(batch)
+        for part in fields(batch):
+            value = converted(getattr(batch, part.name), dtype)
+            object.__setattr__(record, part.name, value)
+        return record
     return batch
 
 
