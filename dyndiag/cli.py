@@ -121,9 +121,14 @@ def _clear(folder: Path) -> None:
 def _report(arguments: argparse.Namespace) -> int:
     if arguments.output is not None and len(arguments.run) > 1:
         raise DyndiagError("--output takes one run; without it each page goes into its run")
+    code = 0
     for run in _watched(arguments.run, "reports"):
-        _tell(Path(run), arguments.output)
-    return 0
+        try:
+            _tell(Path(run), arguments.output)
+        except DyndiagError as error:  # the others are still to be told
+            print(f"dyndiag: {error}", file=sys.stderr)
+            code = 2
+    return code
 
 
 def _tell(folder: Path, output: Path | None) -> None:

@@ -73,6 +73,25 @@ def test_output_is_for_one_run(
     assert "--output takes one run" in capsys.readouterr().err
 
 
+def test_output_that_cannot_be_written_is_one_sentence(
+    spiked: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    for output, said in ((tmp_path, "is a folder: give a file"), (tmp_path / "file" / "x", "give")):
+        assert main(["report", str(spiked), "--output", str(output)]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("dyndiag: the report") and said in error
+    assert not list(tmp_path.parent.glob(".*.part"))
+
+
+def test_a_run_that_cannot_be_read_leaves_the_others(
+    spiked: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["report", str(tmp_path / "nothing"), str(spiked)]) == 2
+    shown = capsys.readouterr()
+    assert "is not a run" in shown.err and "report.html" in shown.out
+
+
 def test_what_is_no_run_is_one_sentence(
     spiked: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -96,7 +96,7 @@ def training_step_loss(module: nn.Module, batch: Batch) -> Tensor:
     """The loss that the module's `training_step` returns for a batch, with nothing logged."""
     training_step: Any = module.training_step
     arguments = [batch["batch"]]
-    if "batch_idx" in inspect.signature(training_step).parameters:
+    if _takes_index(training_step):
         arguments.append(batch["batch_idx"])
     with _logging_off(module):
         output = training_step(*arguments)
@@ -107,6 +107,14 @@ def training_step_loss(module: nn.Module, batch: Batch) -> Tensor:
             "curvature of it: pass loss_fn(module, batch) -> scalar to the callback"
         )
     return loss
+
+
+def _takes_index(training_step: Any) -> bool:
+    """Whether Lightning hands it the batch's index: as a second argument, whatever its name."""
+    kinds = [one.kind for one in inspect.signature(training_step).parameters.values()]
+    places = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    starred = inspect.Parameter.VAR_POSITIONAL in kinds
+    return starred or sum(kind in places for kind in kinds) > 1
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from dyndiag.errors import DyndiagError
 from dyndiag.reports.contents import Contents, contents
 from dyndiag.reports.verdict import verdict
 from dyndiag.store import Run
@@ -17,17 +18,28 @@ def report(run: str | Path, output: str | Path | None = None) -> Path:
 
     The file stands alone: no request, no third-party code, below 3 MB. Detectors are replayed over
     the stored series with the settings they had. A run that is still going may be reported.
-    Raises DyndiagError if `run` is no run's folder.
+    Raises DyndiagError if `run` is no run's folder, or where the page cannot be written.
     """
     from dyndiag.reports.page import page  # jinja2 is needed for nothing else
 
     source = Run(run)
     target = Path(output) if output is not None else source.folder / "report.html"
     text = page(contents(source))
+    if target.is_dir():
+        raise DyndiagError(
+            f"the report is one file, but {target} is a folder: give a file, as in "
+            f"{target / 'report.html'}"
+        )
     beside = target.with_name(f".{target.name}.part")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    beside.write_text(text, encoding="utf-8", errors="replace", newline="\n")
-    beside.replace(target)  # a reader never sees half a page
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_text(text, encoding="utf-8", errors="replace", newline="\n")
+        beside.replace(target)  # a reader never sees half a page
+    except OSError as error:
+        raise DyndiagError(
+            f"the report cannot be written to {target} ({error.strerror or error}): give another "
+            "file as output"
+        ) from error
     return target
 
 

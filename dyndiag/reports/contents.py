@@ -125,6 +125,14 @@ class Contents:
     def loss(self) -> Series | None:
         return self.series.get("train/loss")
 
+    @property
+    def restarts(self) -> tuple[int, ...]:
+        """The steps at which the run was gone on with."""
+        kept = self.metadata.get("restarts")
+        return (
+            tuple(step for step in kept if isinstance(step, int)) if isinstance(kept, list) else ()
+        )
+
     def tasks(self) -> tuple[str, ...]:
         """Names of the tasks that have an accuracy, in the order in which they were trained."""
         prefix = "continual/accuracy/"

@@ -89,13 +89,17 @@ def _about(c: Contents) -> list[str]:
     parts = [words.count(len(c.tasks()), "task")] if len(c.tasks()) > 1 else []
     many = c.last - c.first + 1
     steps = f"{words.steps(many)} step{'' if many == 1 else 's'}"
+    if len(c.restarts) == 1:
+        parts.append(f"restarted at step {words.steps(c.restarts[0])}")
+    elif c.restarts:
+        parts.append(f"restarted {words.often(len(c.restarts))}")
     if c.ended:
         errors = [
-            str(notice.get("text"))[:100]
+            str(notice.get("text"))[:100].rstrip(": ")
             for notice in c.metadata.get("notices") or ()
             if isinstance(notice, Mapping) and notice.get("source") == "training"
         ]
-        return [*parts, steps, f"finished {when(c.ended)}", *errors[-1:]]
+        return [*parts, steps, f"{'ended' if errors else 'finished'} {when(c.ended)}", *errors[-1:]]
     if c.alive:
         return [*parts, f"still running, step {words.steps(c.last)}"]
     if "dyndiag" not in c.metadata:

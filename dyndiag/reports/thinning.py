@@ -93,13 +93,19 @@ def breaks(steps: Steps) -> list[int]:
 
 
 def running_median(values: Floats, half: int = 5) -> Floats:
-    """Median of the `2 half + 1` values around each, fewer at the ends; non-finite left out."""
+    """Median of the `2 half + 1` values around each; non-finite left out.
+
+    Towards the ends there are fewer, as many on either side: a series that begins with a fall would
+    else seem to begin lower.
+    """
     n = len(values)
     if n == 0:
         return values
     padded = np.full(n + 2 * half, np.nan)
     padded[half : half + n] = np.where(np.isfinite(values), values, np.nan)
-    view = np.lib.stride_tricks.sliding_window_view(padded, 2 * half + 1)
+    view = np.lib.stride_tricks.sliding_window_view(padded, 2 * half + 1).copy()
+    for i in range(min(half, n)):
+        view[i, half + i + 1 :] = view[n - 1 - i, : half - i] = np.nan
     ordered = np.sort(view, axis=1)  # NaN last
     present = np.sum(np.isfinite(ordered), axis=1)
     middle = np.maximum(0, (present - 1) // 2)

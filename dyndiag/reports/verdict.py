@@ -11,8 +11,14 @@ from dyndiag.reports.contents import Contents, Estimates
 from dyndiag.reports.findings import UNDECIDED, Findings, findings, folded
 from dyndiag.reports.findings.edge_of_stability import course
 from dyndiag.reports.findings.edge_of_stability import sentence as edge_sentence
-from dyndiag.reports.findings.finding import Finding, Told, judged
-from dyndiag.reports.findings.precursor import edge_passed
+from dyndiag.reports.findings.finding import Finding, Told
+from dyndiag.reports.findings.precursor import (
+    INTERVENED,
+    edge_passed,
+    precursor,
+)
+from dyndiag.reports.findings.vanishing import vanishing
+from dyndiag.reports.quiet import no_progress, nothing
 
 WORDS = 25  # at most so many in a verdict
 
@@ -23,7 +29,7 @@ def verdict(c: Contents) -> str:
         return "The run is empty: nothing has been written yet." if c.alive else "The run is empty."
     found = findings(c)
     if not found.told:
-        return _nothing(c, found)
+        return nothing(c, found)
     worst = found.told[0]
     said = _said(c, worst, found)
     second = _second(c, worst, found)
@@ -44,10 +50,22 @@ def _said(c: Contents, worst: Finding, found: Findings) -> str:
                 f"The loss jumped {words.often(len(same))}, up to {factor}-fold, and came back; "
                 "each time the edge ratio had passed 1 before."
             )
+        cause = precursor(c, worst.event)
+        why = (
+            ", as a new task began"
+            if cause == "task switch"
+            else f": {cause}"
+            if cause.startswith(INTERVENED)
+            else ""
+        )
         return (
             f"The loss jumped {words.often(len(same))} and came back each time; the highest, "
-            f"at step {steps}, was {factor}-fold."
+            f"at step {steps}, was {factor}-fold{why}."
         )
+    if worst.event.kind == "probe_failed" and len(same) > 1:
+        many = words.count(c.last - c.first + 1, "step")
+        probes = words.count(len(same), "probe")
+        return f"{words.capital(probes)} failed; nothing else happened in {many}."
     return worst.sentence
 
 
@@ -71,30 +89,6 @@ def _second(c: Contents, worst: Finding, found: Findings) -> str:
     return ""
 
 
-def _nothing(c: Contents, found: Findings) -> str:
-    many = words.count(c.last - c.first + 1, "step")
-    if c.loss is not None and len(c.loss) and not np.isfinite(c.loss.values).any():
-        return f"The loss was never a finite number, in {many}."
-    ratio = judged(c, "stability/edge_ratio", c.first, c.last)
-    if found.undecided:
-        return f"Nothing certain to report in {many}; what was too unsure to tell stands below."
-    if _undecided(c, ratio):
-        samples = words.count(len(ratio), "sample")
-        return (
-            f"The run may have been at the edge from its start; the {samples} are too few to tell "
-            "that from a coincidence."
-        )
-    if len(ratio) and ratio.max() < 1:
-        top = words.number(float(ratio.max()), 2)
-        return f"Nothing to report: no event in {many}, and the edge ratio never passed {top}."
-    return f"Nothing to report: no event in {many}."
-
-
-def _undecided(c: Contents, ratio: np.ndarray) -> bool:
-    """Few samples, all of them near the edge: a run that may have been there from its start."""
-    return 3 <= len(ratio) < 10 and ratio.min() >= 0.75 and 0.8 <= float(np.median(ratio)) <= 1.3
-
-
 def numbers(c: Contents, found: Findings) -> str:
     """Two sentences of numbers below the verdict."""
     if not c.rows:
@@ -114,7 +108,8 @@ def numbers(c: Contents, found: Findings) -> str:
         if also is None or worst.urgency != "act":
             return worst.numbers
         return f"{worst.numbers} {_earlier(also)}"
-    return " ".join(part for part in (_course(c), _sampling(c)) if part)
+    faint = vanishing(c) if no_progress(c) else ""
+    return " ".join(part for part in (_course(c), faint or _sampling(c)) if part)
 
 
 def _earlier(one: Finding) -> str:
@@ -145,7 +140,7 @@ def _sampling(c: Contents) -> str:
     if one is None or len(one) < 2:
         return ""
     if one.steps[-1] - c.first < 0.5 * (c.last - c.first):
-        many = words.count(len(one), "time")
+        many = words.often(len(one))
         return (
             f"Curvature was sampled {many}, for the last time at step "
             f"{words.steps(int(one.steps[-1]))}; of later steps the report knows only loss and "
@@ -165,4 +160,5 @@ def _sampling(c: Contents) -> str:
             "samples the report knows only loss and gradients."
         )
     kind = "" if isinstance(one, Estimates) else " (without error bars)"
-    return f"Sharpness lay between {words.number(low, 2)} and {words.number(high, 2)}{kind}."
+    what = words.capital(figures.sharpness_name(c))
+    return f"{what} lay between {words.number(low, 2)} and {words.number(high, 2)}{kind}."

@@ -26,7 +26,7 @@ _MEANING = {
     sqlite3.SQLITE_PERM: "access is not allowed",
     sqlite3.SQLITE_CANTOPEN: "it cannot be opened or created there",
     sqlite3.SQLITE_BUSY: "another process holds it locked",
-    sqlite3.SQLITE_NOTADB: "it is damaged, or no SQLite file at all",
+    sqlite3.SQLITE_NOTADB: "it is damaged, or no SQLite file at all; give the folder of a run",
     sqlite3.SQLITE_CORRUPT: "it is damaged; `sqlite3 run.db .recover` may save what is readable",
 }
 

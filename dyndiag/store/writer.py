@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -68,6 +69,7 @@ class Writer:
             )
             self.next_step = self._after_last() if first_step is None else first_step
             self._forget(self.next_step)
+            self._note_restart()
             self._opened = opened.pop_all()
 
     def write(self, rows: Sequence[Row], events: Iterable[Event] = ()) -> None:
@@ -152,6 +154,21 @@ class Writer:
             for table in [*map(quoted, tables(self._places)), "arrays"]:
                 db.execute(f"DELETE FROM {table} WHERE step >= ?", (first_step,))
             db.execute("DELETE FROM events WHERE start >= ?", (first_step,))
+
+    def _note_restart(self) -> None:
+        """Keep, as `restarts`, the steps at which the run was gone on with: what moves there may
+        come from what was not restored."""
+        (kept,) = self._db.execute(
+            "SELECT coalesce(max(value), '[]') FROM metadata WHERE key = 'restarts'"
+        ).fetchone()
+        restarts = [step for step in json.loads(kept) if step < self.next_step]
+        if self._after_last() > 0:
+            restarts.append(self.next_step)
+        if restarts:
+            self.write_metadata({"restarts": restarts})
+        elif json.loads(kept):
+            with self._transaction() as db:
+                db.execute("DELETE FROM metadata WHERE key = 'restarts'")
 
     def _after_last(self) -> int:
         last = -1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import warnings
 from pathlib import Path
@@ -16,7 +17,7 @@ import dyndiag
 
 lightning = pytest.importorskip("lightning.pytorch")
 
-from dyndiag.callbacks.lightning import DyndiagCallback  # noqa: E402
+from dyndiag.callbacks.lightning import DyndiagCallback, training_step_loss  # noqa: E402
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
@@ -131,3 +132,28 @@ def test_a_training_that_raises_leaves_a_whole_run(tmp_path: Path) -> None:
     run = dyndiag.Run(tmp_path / "run")
     assert len(run["train/loss"]) == 7
     assert any("out of luck" in notice["text"] for notice in run.metadata["notices"])
+
+
+@pytest.mark.parametrize(
+    ("training_step", "handed"),
+    [
+        (lambda batch: (batch,), ("batch",)),
+        (lambda batch, i: (batch, i), ("batch", 3)),  # Lightning hands the index by its place
+        (lambda batch, *rest: (batch, *rest), ("batch", 3)),
+        (lambda batch, *, scale=2: (batch, scale), ("batch", 2)),
+    ],
+)
+def test_training_step_is_handed_what_lightning_hands_it(
+    training_step: Any, handed: tuple[Any, ...]
+) -> None:
+    got: list[Any] = []
+
+    @functools.wraps(training_step)
+    def noted(*arguments: Any) -> Tensor:
+        got.append(training_step(*arguments))
+        return torch.zeros(())
+
+    module = nn.Module()
+    object.__setattr__(module, "training_step", noted)
+    training_step_loss(module, {"batch": "batch", "batch_idx": 3})
+    assert got == [handed]

@@ -36,6 +36,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         (i, {"train/loss": 1.0 + i % 3, f"gradients/norm/{made.HOSTILE}": 1.0 + i})
         for i in range(60)
     ]
+    spread = [(i, {"train/loss": 50 * 0.875**i}) for i in range(60)]  # to 0.019
     nan = [(i, {"train/loss": float("nan"), "gradients/norm": float("inf")}) for i in range(60)]
     return {
         "edge": report(made.write(base / "edge", made.edge())),
@@ -45,6 +46,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "one": report(made.write(base / "one", [(7, {"train/loss": 1.5})])),
         "nan": report(made.write(base / "nan", nan)),
         "hostile": report(made.write(base / "hostile", hostile)),
+        "spread": report(made.write(base / "spread", spread)),
         "running": report(made.write(base / "running", made.spiked(401), {"finished": None})),
     }
 
@@ -104,6 +106,13 @@ def test_fits_a_phone(opened: Open, name: str) -> None:
     page = opened(name, 390, 844)
     through(page)
     assert page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0
+
+
+def test_a_logarithmic_axis_names_two_values_at_least(opened: Open) -> None:
+    page = opened("spread")
+    through(page)
+    texts = page.locator("figure[data-chart=over-loss] svg text").all_text_contents()
+    assert {"10", "0.1"} <= set(texts)
 
 
 def test_drag_zooms_every_chart_and_escape_resets(opened: Open) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dyndiag.reports import contents
+from dyndiag.reports import contents, report
 from dyndiag.reports.chapters import chapters
 from dyndiag.reports.chapters.items import Metrics, Table
 from dyndiag.reports.continual import measured
@@ -78,3 +78,13 @@ def test_wilson_interval() -> None:
     assert lower[0] == pytest.approx(0.0473782, abs=1e-6)  # by an independent implementation
     assert upper[0] == pytest.approx(0.0912399, abs=1e-6)
     assert lower[1] == pytest.approx(0, abs=1e-12) and upper[2] == pytest.approx(1, abs=1e-12)
+
+
+def test_long_pauses_between_evaluations_are_told(tmp_path: Path) -> None:
+    rows = [
+        (step, values if step < 60 or 200 <= step < 240 else {"train/loss": 1.0})
+        for step, values in made.switch()
+    ]
+    html = report(made.write(tmp_path / "run", rows, {"tasks": ["A", "B"]})).read_text("utf-8")
+    assert "lie 1 step apart in the median and 141 at most; what happened between" in html
+    assert "The last was at step 239 of 399." in html

@@ -3,11 +3,15 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from dyndiag.reports import contents, verdict
+from dyndiag.detectors import replay
+from dyndiag.reports import contents, figures, report, verdict
+from dyndiag.reports.chapters.absences import absences
 from dyndiag.reports.contents import Contents
 from dyndiag.reports.findings import findings
+from dyndiag.reports.findings.vanishing import vanishing
 from dyndiag.reports.verdict import numbers
 from dyndiag.store import Run
 from dyndiag.values import Event
@@ -228,6 +232,19 @@ def test_seldom_sampled_curvature_is_told(tmp_path: Path) -> None:
     assert "sampled four times, for the last time at step 5" in numbers(c, findings(c))
 
 
+def test_the_range_is_called_by_what_it_is_the_range_of(tmp_path: Path) -> None:
+    rows = [(i, {"train/loss": 1 / (i + 1)}) for i in range(50)]
+    for i in (0, 20, 45):
+        rows[i][1].update(made.sample("curvature/preconditioned_sharpness", 900.0 + i))
+    c = read(made.write(tmp_path / "run", rows))
+    assert "Preconditioned sharpness lay between 900 and 945" in numbers(c, findings(c))
+    for i in (20, 45):
+        rows[i] = (i, {"train/loss": 1 / (i + 1)})
+    rows[3][1].update(made.sample("curvature/preconditioned_sharpness", 900.0))
+    c = read(made.write(tmp_path / "twice", rows))
+    assert "sampled twice, for the last time at step 3" in numbers(c, findings(c))
+
+
 def test_verdicts_are_short(edge: Contents, tmp_path: Path) -> None:
     runs = [edge, read(made.write(tmp_path / "a", made.spiked(logits=True)))]
     runs.append(read(made.write(tmp_path / "b", made.switch())))
@@ -272,3 +289,208 @@ def test_two_jumps_with_one_precursor_share_a_verdict(tmp_path: Path) -> None:
     said = verdict(read(made.write(tmp_path / "run", rows)))
     assert said.startswith("The loss jumped twice, up to 1.8-fold, and came back; ")
     assert said.endswith("each time the edge ratio had passed 1 before.")
+
+
+def raised(rows: made.Rows, at: int, factor: float = 100.0) -> made.Rows:
+    """The same with a learning rate of 0.001 that is warmed up, and raised at a step."""
+    for step, values in rows:
+        rate = 1e-3 * min(1.0, (step + 1) / 10)
+        values["train/learning_rate"] = rate * (factor if step >= at else 1.0)
+    return rows
+
+
+def test_a_raised_rate_is_told_with_the_loss_that_left(tmp_path: Path) -> None:
+    rows = [(i, {"train/loss": 2 / (1 + i / 100) if i < 403 else 2.05}) for i in range(600)]
+    c = read(made.write(tmp_path / "run", raised(rows, 400)))
+    assert verdict(c) == (
+        "The loss has been back near its starting value since step 405; the learning rate had "
+        "risen 100-fold at step 400."
+    )
+    one = findings(c).told[0]
+    assert (
+        one.title == "The loss went back to its starting value, 2.00, at step 405 and stayed there"
+    )
+    assert one.people[0] == "Go back to a checkpoint before step 400."
+
+
+def test_a_raised_rate_is_told_with_the_loss_that_broke(tmp_path: Path) -> None:
+    rows = [(i, {"train/loss": 1.0 if i < 403 else float("nan")}) for i in range(500)]
+    said = verdict(read(made.write(tmp_path / "run", raised(rows, 400, 10.0))))
+    assert said == (
+        "The loss became NaN at step 403; the learning rate had risen 10-fold at step 400."
+    )
+
+
+def test_a_warm_up_is_no_raised_rate(tmp_path: Path) -> None:
+    rows = [(i, {"train/loss": 1.0 if i < 12 else float("nan")}) for i in range(100)]
+    c = read(made.write(tmp_path / "run", raised(rows, 1000)))
+    assert verdict(c) == "The loss became NaN at step 12."
+
+
+def test_a_raised_rate_is_the_cause_of_a_jump(tmp_path: Path) -> None:
+    c = read(made.write(tmp_path / "run", raised(made.spiked(), 375, 2.0)))
+    assert verdict(c).endswith("; the learning rate had risen 2.0-fold at step 375.")
+    one = findings(c).told[0]
+    assert one.chapter == "stability" and "the data" not in one.what + " ".join(one.people)
+
+
+def test_several_jumps_name_the_cause_of_the_highest(tmp_path: Path) -> None:
+    rows = made.spiked(steps=900, at=400)
+    for step, values in rows:
+        values["train/loss"] += 1.0 * (700 <= step < 704)
+        values["continual/task"] = float(step >= 400)
+    said = verdict(read(made.write(tmp_path / "run", rows)))
+    assert said.endswith("the highest, at step 400, was 1.8-fold, as a new task began.")
+
+
+def test_several_failed_probes_share_a_verdict(tmp_path: Path) -> None:
+    rows = made.edge(60)
+    rows[30][1].update({"failures/Sharpness": 1.0, "failures/Trace": 1.0})
+    text = "Trace failed: no. Training goes on; the values it would have given are missing."
+    notices = [{"step": 30, "source": "Trace", "text": text}]
+    c = read(made.write(tmp_path / "run", rows, {"notices": notices}))
+    assert verdict(c) == "Two probes failed; nothing else happened in 60 steps."
+    said = next(one.what for one in findings(c).told if "Trace" in one.title)
+    assert said.count("missing") == 1
+
+
+def test_a_loss_that_hardly_falls_is_not_nothing(tmp_path: Path) -> None:
+    rows = [
+        (
+            i,
+            {
+                "train/loss": 2.31 - 1e-5 * i,
+                "gradients/norm/first": 3e-11,
+                "gradients/norm/last": 0.3 + 1e-3 * (i % 2),
+            },
+        )
+        for i in range(200)
+    ]
+    c = read(made.write(tmp_path / "run", rows))
+    assert verdict(c) == "No event in 200 steps, but the loss hardly fell."
+    assert numbers(c, findings(c)).endswith(
+        "the gradient norm of first was 1.0·10⁻¹⁰ of that of last: gradients vanish on the way."
+    )
+    falling = [(i, {"train/loss": 2.31 * 0.999**i}) for i in range(200)]
+    said = verdict(read(made.write(tmp_path / "falls", falling)))
+    assert said == "Nothing to report: no event in 200 steps."
+
+
+def test_modules_without_a_gradient_are_named(tmp_path: Path) -> None:
+    rows = [(i, {"gradients/norm/a": 0.0, "gradients/norm/b": 1.0}) for i in range(30)]
+    assert vanishing(read(made.write(tmp_path / "run", rows))) == (
+        "No gradient reached a at the end: nothing is learned there."
+    )
+    rows = [(i, {"gradients/norm/a": 0.0, "gradients/norm/b": 0.0}) for i in range(30)]
+    assert vanishing(read(made.write(tmp_path / "still", rows))) == ""
+
+
+def test_evidence_without_a_sample_is_no_chart(tmp_path: Path) -> None:
+    rows = made.spiked()
+    rows[0][1].update(made.sample("stability/edge_ratio", 0.5))
+    one = findings(read(made.write(tmp_path / "run", rows))).told[0]
+    assert [figure.title for figure in one.figures] == ["Loss", "Gradient norm"]
+
+
+def test_a_threshold_is_drawn_as_long_as_it_holds(tmp_path: Path) -> None:
+    rows = raised(made.spiked(), 400)
+    for i in (0, 20, 350):
+        rows[i][1].update(made.sample("curvature/sharpness", 2.0) | {"stability/threshold": 2e3})
+    c = read(made.write(tmp_path / "run", rows))
+    figure = figures.sharpness(c)
+    assert figure is not None and figure.marks[0].hi == 399
+    assert not any("0.1" in note.text for note in figure.notes)  # no sample at that rate
+    rows[500][1]["stability/threshold"] = 20.0
+    for _, values in rows:
+        values["train/learning_rate"] = max(1e-3, values["train/learning_rate"])
+    figure = figures.sharpness(read(made.write(tmp_path / "sampled", rows)))
+    assert figure is not None and figure.marks[0].hi == 599
+    assert [(note.text, note.y) for note in figure.notes] == [("η = 0.001", 2e3), ("η = 0.1", 20.0)]
+
+
+def test_the_batch_before_the_jump_is_named_where_the_gradient_norm_was_large(
+    tmp_path: Path,
+) -> None:
+    rows = made.spiked()
+    rows[394][1]["gradients/norm"] = 55.0
+    c = read(made.write(tmp_path / "run", rows))
+    assert verdict(c).endswith(
+        "; the gradient norm had stood 55 times above its median at step 394."
+    )
+    assert any("steps 394 to 40" in line for line in findings(c).told[0].people)
+
+
+def test_the_adaptive_threshold_reads_as_a_sentence(edge: Contents) -> None:
+    metadata = {**edge.metadata, "optimizer": {"class": "Adam"}}
+    one = findings(replace(edge, metadata=metadata)).told[0]
+    assert one.title == "Sharpness reached its threshold 5.00 and stayed there"
+    assert one.label == "Edge of stability, threshold 5.00"
+
+
+def test_the_median_of_samples_is_not_called_one_of_steps(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    rows = [(11 * i, {"predictions/entropy": 1 + rng.random()}) for i in range(100)]
+    figure = figures.entropy(read(made.write(tmp_path / "run", rows)))
+    assert figure is not None and figure.unit.endswith("thick: median of 11 samples")
+
+
+def test_samples_of_the_warm_up_are_counted(tmp_path: Path) -> None:
+    rows = made.edge(200)
+    for step, values in rows:
+        if "stability/warmup" in values:
+            values["stability/warmup"] = float(step < 50)
+    html = report(made.write(tmp_path / "run", rows)).read_text("utf-8")
+    assert "The first three samples, up to step 42, lie in the optimizer" in html
+    assert "Measured on the batch of 20 that every step was taken on." in html
+
+
+@pytest.mark.parametrize(
+    ("extra", "why"),
+    [
+        ({}, "no training batch was seen whole"),
+        ({"stability/realised_edge": 0.5}, "the run ended before its first sample was due"),
+    ],
+)
+def test_batch_sharpness_is_absent_for_a_true_reason(
+    extra: dict[str, float], why: str, tmp_path: Path
+) -> None:
+    rows = [(i, {"train/loss": 1 / (i + 1)} | (extra if i == 3 else {})) for i in range(30)]
+    c = read(made.write(tmp_path / "run", rows))
+    missing = absences(c)
+    assert missing["batch_sharpness"].why == why
+    assert missing["sharpness"].line == "dyndiag.Monitor(…, budget=0.5)"
+
+
+def test_a_jump_at_a_restart_is_told_as_such(tmp_path: Path) -> None:
+    rows = made.spiked(back=False)
+    folder = made.write(tmp_path / "run", rows[:400])
+    made.write(folder, rows[400:], events=replay(rows))
+    c = read(folder)
+    assert c.restarts == (400,)
+    assert verdict(c).endswith("; the run was restarted at step 400.")
+    one = findings(c).told[0]
+    assert "restored" in one.people[0] and "the data" not in one.sentence
+    assert "restarted at step 400" in report(folder).read_text("utf-8")
+
+
+@pytest.mark.parametrize(("rise", "told"), [(20.0, True), (0.0, False)])
+def test_a_loss_that_rose_with_the_rate_is_not_nothing(
+    rise: float, told: bool, tmp_path: Path
+) -> None:
+    noise = np.random.default_rng(0).normal(0, 0.02, 700)
+    rows = [
+        (
+            i,
+            {
+                "train/loss": (2 / (1 + i / 20)) * (1 + noise[i])
+                * (1 + rise * np.exp(-(i - 500) / 6) * (i >= 500)),
+                "train/learning_rate": 0.05 if 500 <= i < 505 else 1e-3,
+            },
+        )
+        for i in range(700)
+    ]  # fmt: skip
+    c = read(made.write(tmp_path / "run", rows))
+    assert not c.events  # that detector waits until the rate has settled
+    said = verdict(c)
+    assert ("; the learning rate had risen 50-fold at step 500." in said) is told
+    assert said.startswith("No event in 700 steps, but the loss rose 2" if told else "Nothing to")

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from dyndiag.reports.chapters.items import Absent, Chart, Table
+from dyndiag.reports.chapters.items import Absent, Chart, Table, Text
 from dyndiag.reports.chapters.others import MOST_CHARTS, others
 from dyndiag.reports.contents import contents
 from dyndiag.reports.page import page as page_of
@@ -68,3 +68,14 @@ def test_shares_are_drawn_to_scale_and_what_grows_by_decades_is_not(tmp_path: Pa
     items = others(contents(Run(write(tmp_path / "run", both)))).items
     drawn = {item.figure.title: item.figure.y for item in items if isinstance(item, Chart)}
     assert drawn == {"Mine: share": {}, "Mine: size": {"type": "log"}}
+
+
+def test_a_thousand_quantities_come_in_order_and_the_cut_is_told(tmp_path: Path) -> None:
+    rows = [(step, {f"eval/task{i}": float(step) for i in range(1000)}) for step in range(3)]
+    chapter = others(contents(Run(write(tmp_path / "run", rows))))
+    titles = [item.figure.title for item in chapter.items if isinstance(item, Chart)]
+    assert titles[:3] == ["Eval: task0", "Eval: task1", "Eval: task2"] and len(titles) == 40
+    (said,) = (item.text for item in chapter.items if isinstance(item, Text))
+    assert said.endswith("what there was no room to draw (the first 200 of 960):")
+    (table,) = (item for item in chapter.items if isinstance(item, Table))
+    assert len(table.rows) == 200 and table.rows[0][0] == "eval/task40"

@@ -204,7 +204,10 @@ def test_a_training_that_broke_off_says_so(tmp_path: Path) -> None:
     notices = [{"step": 49, "source": "training", "text": "it ended with ValueError: <oops>"}]
     folder = made.write(tmp_path / "run", made.spiked(50), {"notices": notices})
     html = report(folder).read_text("utf-8")
-    assert "09:42 UTC · it ended with ValueError: &lt;oops&gt;</p>" in html
+    assert "ended 21 November 2026, 09:42 UTC · it ended with ValueError: &lt;oops&gt;</p>" in html
+    notices[0]["text"] = "it ended with KeyboardInterrupt: "
+    folder = made.write(tmp_path / "stopped", made.spiked(50), {"notices": notices})
+    assert "it ended with KeyboardInterrupt</p>" in report(folder).read_text("utf-8")
 
 
 def test_disagreement_is_on_the_page(tmp_path: Path) -> None:

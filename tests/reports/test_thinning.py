@@ -64,8 +64,15 @@ def test_largest_of_each_column() -> None:
 def test_running_median_is_the_median(values: list[float]) -> None:
     got = thinning.running_median(np.array(values), half=2)
     for i, value in enumerate(got):
-        around = sorted(values[max(0, i - 2) : i + 3])
+        side = min(2, i, len(values) - 1 - i)
+        around = sorted(values[i - side : i + side + 1])
         assert value == around[(len(around) - 1) // 2]
+
+
+def test_running_median_begins_where_the_series_does() -> None:
+    falling = 2.3 * 0.5 ** np.arange(40)
+    got = thinning.running_median(falling)
+    assert got[0] == falling[0] and got[-1] == falling[-1]
 
 
 def test_running_median_skips_nan_but_keeps_its_place() -> None:

@@ -65,3 +65,15 @@ def test_first_step_zero_begins_anew_and_keeps_the_metadata(tmp_path: Path) -> N
     run = Run(tmp_path)
     assert (list(run.rows()), run.event_list(), run.array_names) == ([], [], [])
     assert (run.last_step, run.metadata) == (None, {"seed": 1})
+
+
+def test_restarts_are_kept_as_long_as_their_rows_are(tmp_path: Path) -> None:
+    record(tmp_path, range(5))
+    assert "restarts" not in Run(tmp_path).metadata
+    record(tmp_path, range(5, 30))
+    record(tmp_path, range(30, 40))
+    assert Run(tmp_path).metadata["restarts"] == [5, 30]
+    record(tmp_path, range(10, 12), first_step=10)
+    assert Run(tmp_path).metadata["restarts"] == [5, 10]
+    record(tmp_path, range(3), first_step=0)
+    assert "restarts" not in Run(tmp_path).metadata

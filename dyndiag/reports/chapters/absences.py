@@ -18,10 +18,7 @@ def absences(c: Contents) -> dict[str, Absent]:
         "loss": _loss(c),
         "sharpness": _curvature(c, "Sharpness", SHARPNESS, "Sharpness"),
         "threshold": _threshold(c),
-        "batch_sharpness": _curvature(
-            c, "Batch sharpness", ("curvature/batch_sharpness",), "BatchSharpness",
-            "no training batch was seen whole", "monitor.step(loss=loss, batch=batch)",
-        ),
+        "batch_sharpness": _batch_sharpness(c),
         "trace": _curvature(c, "Hessian trace", ("curvature/trace",), "Trace"),
         "density": _curvature(c, "Spectral density", (), "Density") if not c.densities else None,
         "gradients": _simple(
@@ -106,7 +103,31 @@ def _curvature(
         return Absent(what, told)
     if c.rows == 0:
         return Absent(what, "the run ended before its first step")
-    return Absent(what, otherwise or "the run ended before its first sample was due", line)
+    if otherwise:
+        return Absent(what, otherwise, line)
+    budget = c.metadata.get("budget")
+    more = ""
+    if isinstance(budget, int | float) and budget > 0:
+        more = f"dyndiag.Monitor(…, budget={words.plain(10 * budget).replace(',', '')})"
+    if c.alive:
+        return Absent(what, "its first sample is not due yet", more)
+    return Absent(what, "the run ended before its first sample was due", more)
+
+
+def _batch_sharpness(c: Contents) -> Absent | None:
+    names = ("curvature/batch_sharpness",)
+    if _has(c, ("stability/realised_edge",)) or _spent(c, "RealisedEdge"):  # it needs a batch too
+        return _curvature(c, "Batch sharpness", names, "BatchSharpness")
+    return _curvature(
+        c, "Batch sharpness", names, "BatchSharpness",
+        "no training batch was seen whole", "monitor.step(loss=loss, batch=batch)",
+    )  # fmt: skip
+
+
+def _spent(c: Contents, probe: str) -> bool:
+    """Whether the probe has taken passes."""
+    cost = c.metadata.get("cost")
+    return isinstance(cost, Mapping) and probe in cost
 
 
 def _threshold(c: Contents) -> Absent | None:

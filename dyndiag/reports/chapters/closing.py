@@ -238,6 +238,7 @@ def facts(c: Contents) -> Chapter:
         ("detectors", _detectors(c)),
         ("started", when(m.get("started"))),
         ("finished", when(m.get("finished")) or "not recorded"),
+        ("restarted at step", _restarts(c)),
         ("torch", _versions(m)),
         ("machine", ", ".join(str(m[key]) for key in ("platform", "device") if m.get(key))),
         ("dyndiag", str(m.get("dyndiag") or "")),
@@ -246,7 +247,7 @@ def facts(c: Contents) -> Chapter:
         "model", "loss_function", "optimizer", "tasks", "seed", "command", "git_commit",
         "probe_batch", "detectors", "started", "finished", "torch", "platform", "device",
         "threads", "dyndiag", "python", "cost", "training_seconds", "notices", "task_starts",
-        "budget",
+        "budget", "restarts",
     }  # fmt: skip
     right += [(str(key), _json(value)) for key, value in m.items() if key not in known]
     columns = tuple(
@@ -338,6 +339,11 @@ def _detectors(c: Contents) -> str:
         "disagrees": "replay disagrees with what was said live; the replay's events are shown",
     }.get(c.replay, c.replay)
     return f"{found}; {how}" if how else found
+
+
+def _restarts(c: Contents) -> str:
+    steps = [words.steps(step) for step in c.restarts]
+    return words.listing(steps if len(steps) < 9 else [*steps[:8], f"{len(steps) - 8} more"])
 
 
 def _versions(m: Mapping[str, Any]) -> str:

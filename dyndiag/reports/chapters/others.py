@@ -14,6 +14,7 @@ from dyndiag.reports.figures import Figure
 from dyndiag.reports.quantities import title, unit
 
 MOST_CHARTS = 40
+MOST_ROWS = 200
 ELSEWHERE = {
     "train/loss", "train/learning_rate", "train/skipped", "curvature/sharpness",
     "curvature/preconditioned_sharpness", "curvature/batch_sharpness", "curvature/trace",
@@ -43,8 +44,10 @@ def others(c: Contents) -> Chapter:
             drawn.append(figure)
     items: list[Item] = charts(drawn)
     if told:
-        items.append(Text("Single values, and what there was no room to draw:"))
-        items.append(_table(c, [name for quantity in told for name in found[quantity]]))
+        names = [name for quantity in told for name in found[quantity]]
+        more = f" (the first {MOST_ROWS} of {words.steps(len(names))})" * (len(names) > MOST_ROWS)
+        items.append(Text(f"Single values, and what there was no room to draw{more}:"))
+        items.append(_table(c, names[:MOST_ROWS]))
     lead = f"{words.capital(words.count(len(found), 'quantity', 'quantities'))} besides the above."
     return Chapter(chapter_id, heading, heading, lead, tuple(items))
 
@@ -57,7 +60,13 @@ def _quantities(c: Contents) -> dict[str, list[str]]:
         quantity = f"{area}/{rest.partition('/')[0]}"
         if quantity not in ELSEWHERE and area != "failures" and len(c.series[name]):
             found.setdefault(quantity, []).append(name)
-    return dict(sorted(found.items()))
+    return dict(sorted(found.items(), key=lambda item: _natural(item[0])))
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sorts task2 before task10."""
+    parts = re.split(r"([0-9]+)", name)
+    return [(int(part), "") if i % 2 else (0, part) for i, part in enumerate(parts)]
 
 
 def _figure(c: Contents, quantity: str, names: Sequence[str]) -> Figure | None:
@@ -76,7 +85,7 @@ def _figure(c: Contents, quantity: str, names: Sequence[str]) -> Figure | None:
 
 
 def _table(c: Contents, names: Sequence[str]) -> Table:
-    rows = tuple(_row(c.series[name]) for name in names[:200])
+    rows = tuple(_row(c.series[name]) for name in names)
     head = ("series", "values", "first", "last", "smallest", "largest")
     return Table(head, rows, (False, True, True, True, True, True))
 

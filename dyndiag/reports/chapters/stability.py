@@ -9,6 +9,7 @@ import numpy as np
 from dyndiag.reports import figures, words
 from dyndiag.reports.chapters.items import Absent, Chapter, Item, Text, charts, gaps
 from dyndiag.reports.contents import Contents
+from dyndiag.reports.findings.precursor import same_batch
 
 
 def stability(c: Contents, absent: Mapping[str, Absent]) -> Chapter:
@@ -92,19 +93,25 @@ def _notes(c: Contents) -> list[Item]:
     warm = c.series.get("stability/warmup")
     ratio = c.get("stability/edge_ratio")
     if warm is not None and ratio is not None and np.any(warm.values == 1):
-        last = int(warm.steps[warm.values == 1][-1])
+        warming = warm.steps[warm.values == 1]
+        one = len(warming) == 1
+        head = "The first sample" if one else f"The first {words.count(len(warming), 'sample')}"
+        until = f"up to step {words.steps(int(warming[-1]))}"
         out.append(
             Text(
-                f"Until step {words.steps(last)} the optimizer warms up: what is drawn there is "
-                "not judged and opens no event."
+                f"{head}, {until}, {'lies' if one else 'lie'} in the optimizer's warm-up: drawn, "
+                "but not judged, and opening no event."
             )
         )
     size = c.metadata.get("probe_batch")
     if ratio is not None and isinstance(size, Mapping) and size.get("size"):
+        batch = words.steps(int(size["size"]))
         out.append(
             Text(
-                f"Measured on a fixed probe batch of {words.steps(int(size['size']))}; the "
-                "sharpness of a small probe batch lies above that of all the data."
+                f"Measured on the batch of {batch} that every step was taken on."
+                if same_batch(c)
+                else f"Measured on a fixed probe batch of {batch}; the sharpness of a small probe "
+                "batch lies above that of all the data."
             )
         )
     return out

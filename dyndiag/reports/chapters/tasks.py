@@ -5,11 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from dyndiag.continual import ContinualMetrics, TaskMetrics
 from dyndiag.reports import figures, words
 from dyndiag.reports.chapters.items import Absent, Chapter, Item, Metrics, Table, Text, charts
 from dyndiag.reports.contents import Contents
 from dyndiag.reports.continual import measured
+
+ACCURACY = "continual/accuracy/"
+SELDOM = 10  # times the usual pause: longer ones are told
 
 
 def continual(c: Contents, absent: Mapping[str, Absent]) -> Chapter:
@@ -27,7 +32,7 @@ def continual(c: Contents, absent: Mapping[str, Absent]) -> Chapter:
             "Before a switch, and now: mean of the last five evaluations. Back after: steps from "
             "the next switch until it was, after the lowest point, within a point of what it "
             "reached in 300 steps. ACC, forgetting, min-ACC, WC-ACC, WF and WP are of single "
-            f"evaluations, as they are defined. {_period(whole.period)}"
+            f"evaluations, as they are defined. {_period(c, whole.period)}"
         )
     )
     return Chapter("continual", title, title, _lead(c), tuple(items))
@@ -38,11 +43,17 @@ def _lead(c: Contents) -> str:
     return f"Accuracy on the evaluation batches of {many}, in the order of training."
 
 
-def _period(steps: float) -> str:
+def _period(c: Contents, steps: float) -> str:
     if not math.isfinite(steps):
         return ""
-    apart = f"{words.plain(steps)} step{'' if steps == 1 else 's'}"
-    return f"Evaluations lie {apart} apart, in the median; what happened between was not seen."
+    at = np.unique(np.concatenate([c.series[f"{ACCURACY}{task}"].steps for task in c.tasks()]))
+    most, last = int(np.diff(at).max()), int(at[-1])
+    apart = f"{words.plain(steps)} step{'' if steps == 1 else 's'} apart in the median"
+    apart += f" and {words.steps(most)} at most" if most > SELDOM * steps else ""
+    said = f"Evaluations lie {apart}; what happened between was not seen."
+    if c.last - last > SELDOM * steps:
+        said += f" The last was at step {words.steps(last)} of {words.steps(c.last)}."
+    return said
 
 
 def _metrics(whole: ContinualMetrics) -> Metrics:

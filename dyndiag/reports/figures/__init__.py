@@ -38,6 +38,7 @@ from dyndiag.reports.figures.stability import (
     main_sharpness,
     rates,
     sharpness,
+    sharpness_name,
     trace,
 )
 from dyndiag.reports.figures.tasks import accuracy, samples_text, task_accuracy, wilson
@@ -80,6 +81,7 @@ __all__ = [
     "samples_text",
     "scale",
     "sharpness",
+    "sharpness_name",
     "spectrum",
     "task_accuracy",
     "timeline",

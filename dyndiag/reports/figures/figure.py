@@ -14,7 +14,7 @@ from dyndiag.reports.contents import Contents, Estimates, Series
 from dyndiag.reports.thinning import BUCKETS, Floats, bucket_medians, noisy, running_median
 
 COLOURS = ("s1", "s2", "s3", "s4")
-MEDIAN = "; thick: median of 11 steps"
+MEDIAN = "; thick: median of 11 "
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,8 @@ def line_of(
             (Drawn(series.name, series),),
             "",
         )
-    name, said = f"median: {series.name}", MEDIAN
+    each = len(series) > series.steps[-1] - series.steps[0]
+    name, said = f"median: {series.name}", MEDIAN + ("steps" if each else "samples")
     median = Series(name, series.steps, running_median(series.values), series.rows)
     if len(series) > 3 * BUCKETS:  # a median of 11 would be as noisy, at this width
         at, middle = bucket_medians(series.steps, series.values)

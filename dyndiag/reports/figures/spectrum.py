@@ -10,7 +10,7 @@ import numpy as np
 from dyndiag.reports import words
 from dyndiag.reports.contents import Contents, Density
 from dyndiag.reports.figures.figure import Drawn, Figure, Mark
-from dyndiag.reports.figures.stability import formula, is_preconditioned
+from dyndiag.reports.figures.stability import formula, held, is_preconditioned
 from dyndiag.reports.thinning import Floats
 
 
@@ -24,7 +24,13 @@ def spectrum(c: Contents, id: str = "spectrum") -> Figure | None:
     limit = c.get("stability/threshold")
     if limit is not None and len(limit) and not is_preconditioned(c):
         marks.append(
-            Mark("steps", limit.name, f"threshold {formula(c)}".removesuffix(" threshold"), "limit")
+            Mark(
+                "steps",
+                limit.name,
+                f"threshold {formula(c)}".removesuffix(" threshold"),
+                "limit",
+                hi=held(c, limit),
+            )
         )
         data.append(Drawn(limit.name, limit))
     y = {"type": "symlog", "c": linear, "min": float(grid[0]), "max": float(grid[-1]), "hard": True}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from itertools import pairwise
 
 import numpy as np
 
@@ -53,7 +54,7 @@ def edge_ratio(
 ) -> Figure | None:
     """From zero, or logarithmic; the edge as a rule at 1."""
     one = c.get("stability/edge_ratio")
-    if one is None or not len(one):
+    if one is None or not len(one) or not len(within_window(one, window)):
         return None
     rule = Mark("rule", y=1.0, cls="limit", label=None)
     mark, data = (
@@ -62,10 +63,9 @@ def edge_ratio(
         else line_of(one, "edge ratio", "s1", plain=True)[:2]
     )
     y = scale(within_window(one, window), zero=window is None)
-    sharp = "preconditioned sharpness" if is_preconditioned(c) else "sharpness"
     below = formula(c)
     unit = unit_text(
-        f"{sharp} ÷ {f'({below})' if below != 'threshold' else below}"
+        f"{sharpness_name(c)} ÷ {f'({below})' if below != 'threshold' else below}"
         + ("" if window else "; 1 is the edge of stability"),
         log_text(y),
     )
@@ -82,6 +82,11 @@ def is_preconditioned(c: Contents) -> bool:
     return c.get("curvature/preconditioned_sharpness") is not None
 
 
+def sharpness_name(c: Contents) -> str:
+    """What `main_sharpness` is called."""
+    return "preconditioned sharpness" if is_preconditioned(c) else "sharpness"
+
+
 def sharpness(
     c: Contents, id: str = "sharp", height: int = 290, window: tuple[int, int] | None = None
 ) -> Figure | None:
@@ -89,7 +94,7 @@ def sharpness(
     one = main_sharpness(c)
     if one is None or not len(one):
         return None
-    label = "preconditioned sharpness" if is_preconditioned(c) else "sharpness"
+    label = sharpness_name(c)
     mark, data = (
         estimate_of(one, label, "s1")
         if isinstance(one, Estimates)
@@ -101,7 +106,7 @@ def sharpness(
     values = within_window(one, window)
     if limit is not None and len(limit):
         text = formula(c) if window else f"threshold {formula(c)}".removesuffix(" threshold")
-        marks.insert(0, Mark("steps", limit.name, text, "limit"))
+        marks.insert(0, Mark("steps", limit.name, text, "limit", hi=held(c, limit)))
         shown.append(Drawn(limit.name, limit))
         values = np.concatenate([values, within_window(limit, window)])
         notes = _rates(c, limit) if window is None else ()
@@ -116,6 +121,12 @@ def sharpness(
         says=f"{words.capital(label)} lay between {words.number(low)} and {words.number(high)}.",
         window=window, notes=notes,
     )  # fmt: skip
+
+
+def held(c: Contents, limit: Series) -> int:
+    """The last step for which the last threshold stands: until the learning rate changes."""
+    last = int(limit.steps[-1])
+    return next((step - 1 for step, _ in rates(c) if step > last), c.last)
 
 
 def capital_title(label: str, against: bool) -> str:
@@ -135,16 +146,13 @@ def _rates(c: Contents, limit: Series) -> tuple[Note, ...]:
     changes = rates(c)
     if not 1 <= len(changes) <= 4:
         return ()
-    return tuple(
-        Note(float(max(step, c.first)), f"η = {words.plain(rate)}", _next(limit, step), dx=6, dy=-8)
-        for step, rate in changes
-        if math.isfinite(_next(limit, step))
-    )
-
-
-def _next(series: Series, step: int) -> float:
-    i = min(int(np.searchsorted(series.steps, step)), len(series) - 1)
-    return float(series.values[i])
+    notes = []
+    for (step, rate), (until, _) in pairwise([*changes, (c.last + 1, math.nan)]):
+        there = limit.within(step, until - 1)  # a threshold of another rate is not this one's
+        if len(there) and math.isfinite(there[0]):
+            at = float(max(step, c.first))
+            notes.append(Note(at, f"η = {words.plain(rate)}", float(there[0]), dx=6, dy=-8))
+    return tuple(notes)
 
 
 def trace(c: Contents, id: str = "trace") -> Figure | None:

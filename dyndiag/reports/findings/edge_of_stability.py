@@ -92,7 +92,7 @@ def at_threshold(c: Contents, event: Event) -> str:
     if found is None:
         return "its threshold"
     if formula == "threshold":
-        return f"its threshold, {words.number(found)}"
+        return f"its threshold {words.number(found)}"
     return f"{formula} = {words.plain(found)}"
 
 
@@ -121,7 +121,7 @@ def _all_certified(c: Contents, series: str, event: Event) -> bool:
 
 def _label(c: Contents, event: Event, reached: str, near: str, name: str) -> str:
     what = near if below(c, event) else reached
-    return what if name == "its threshold" else f"{what}, {name}"
+    return what if name == "its threshold" else f"{what}, {name.removeprefix('its ')}"
 
 
 def closest(c: Contents, event: Event) -> float:

@@ -207,6 +207,15 @@ def safe(name: object, most: int = 60) -> str:
     return f"\u2068{shown}\u2069" if any(ord(ch) > 0x58F for ch in shown) else shown
 
 
+def module(name: str) -> str:
+    """A module in a sentence; one that is only a number (of a `Sequential`) is said to be one.
+
+    >>> module("blocks.0.mlp"), module("0"), module("3.1")
+    ('blocks.0.mlp', 'module 0', 'module 3.1')
+    """
+    return safe(name) if any(ch.isalpha() for ch in name) else f"module {safe(name)}"
+
+
 def details_text(details: Mapping[str, object]) -> str:
     """Details as they are, for a kind that the report does not know."""
     parts = []

@@ -28,7 +28,9 @@ from dyndiag.reports.findings.finding import (
 )
 from dyndiag.reports.findings.precursor import (
     BEFORE,
+    INTERVENED,
     edge_passed,
+    norm_stood,
     precursor,
     same_batch,
     worst_block,
@@ -81,7 +83,7 @@ def loss_spike(told: Told, c: Contents) -> Finding:
         dots=dots,
         reason=_reason(c, event),
         what=_what(c, event, cause),
-        people=_people(event, stayed, cause),
+        people=_people(c, event, stayed, cause),
         sources=(_source(cause),),
         figures=_figures(c, event, window),
         window=window,
@@ -95,7 +97,7 @@ def loss_spike(told: Told, c: Contents) -> Finding:
 
 
 def _chapter(cause: str) -> str:
-    if cause.startswith("the edge ratio"):
+    if cause.startswith(("the edge ratio", "the learning rate")):
         return "stability"
     return "logits" if cause.startswith("attention") else "gradients"
 
@@ -120,7 +122,7 @@ def _sentence(c: Contents, event: Event, jumped: str, after: str, cause: str) ->
         if after.startswith("was back"):  # a verdict has 25 words
             said = f"{jumped} and came back"
         return f"{said}; {_peaked(c, event)} just before."
-    if cause.startswith(("the gradient", "the edge ratio")):
+    if cause.startswith(("the gradient", "the edge ratio", *INTERVENED)):
         return f"{said}; {cause}."
     if cause == "task switch":
         return f"{said}; a new task had just begun."
@@ -155,7 +157,9 @@ def _reason(c: Contents, event: Event) -> str:
     if points == 1:
         reason += " A single value: one hard batch looks the same."
     doubt = text(event, "in_doubt")
-    if doubt:
+    if doubt == "task switch":
+        reason += " It began at a switch of tasks, where the loss rises by itself."
+    elif doubt:
         reason += f" In doubt: {safe(doubt)}."
     if c.loss is not None:
         reason += f" Median of the last 20 losses: {words.number(figures.final(c.loss))}."
@@ -194,6 +198,16 @@ def _what(c: Contents, event: Event, cause: str) -> str:
         )
     if cause == "task switch":
         return "The data changed with the task; a higher loss on new data is what one expects."
+    if cause.startswith("the run was restarted"):
+        return (
+            f"{words.capital(cause)}: weights, optimizer state or data that were not restored look "
+            "like this."
+        )
+    if cause.startswith("the learning rate"):
+        return (
+            f"{words.capital(cause)}: the steps became longer at once, and longer than the loss "
+            "there allows."
+        )
     edge = edge_passed(c, event)
     if cause.startswith("the edge ratio"):
         adaptive = c.get("curvature/preconditioned_sharpness") is not None
@@ -210,7 +224,7 @@ def _what(c: Contents, event: Event, cause: str) -> str:
         )
     parts = []
     if cause:
-        parts.append(f"In the ten steps before, {cause} of the 200 steps before that.")
+        parts.append(f"{words.capital(cause)}: what the loss shows now began there.")
     elif _watched(c):
         seen = ["gradient norm"]
         if figures.attention_names(c)[1]:
@@ -227,7 +241,7 @@ def _what(c: Contents, event: Event, cause: str) -> str:
     return " ".join(parts)
 
 
-def _people(event: Event, stayed: bool, cause: str) -> tuple[str, ...]:
+def _people(c: Contents, event: Event, stayed: bool, cause: str) -> tuple[str, ...]:
     if cause.startswith("attention"):
         first = (
             (f"Go back to a checkpoint before step {words.steps(event.start - BEFORE)} and lower "
@@ -240,17 +254,30 @@ def _people(event: Event, stayed: bool, cause: str) -> tuple[str, ...]:
         )
     if cause == "task switch":
         return ("Nothing to do, unless earlier tasks suffer: see the accuracies.",)
+    if cause.startswith("the run was restarted"):
+        return (
+            "See that weights, optimizer state, schedule and order of the data are restored.",
+            "If this was meant to be a new run, give it a folder of its own: the same folder goes "
+            "on with the old one.",
+        )
+    if cause.startswith("the learning rate"):
+        return (
+            ("Go back to a checkpoint before it." if stayed else "Nothing, if it stays alone."),
+            "Raise the rate less, or over more steps.",
+        )
     if cause.startswith("the edge ratio"):
         return (
             "Nothing, if it stays alone and the loss came back.",
             "Lower the rate late in training, or let it decay.",
             "With Adam, raise ε, or lower β₂ so that the second moment rises faster in a jump.",
         )
+    stood = norm_stood(c, event)
+    begun = min(event.start, stood[0]) if stood is not None else event.start
     last = max(event.start, event.peak)
     steps = (
-        f"steps {words.steps(event.start)} to {words.steps(last)}"
-        if last > event.start
-        else f"step {words.steps(event.start)}"
+        f"steps {words.steps(begun)} to {words.steps(last)}"
+        if last > begun
+        else f"step {words.steps(begun)}"
     )
     first_line = (
         "Go back to a checkpoint before it, and skip the batches or lower the rate."

@@ -15,12 +15,14 @@ from dyndiag.reports.findings.finding import (
     around,
     end_of,
     evidence,
+    module,
     safe,
     span,
     surety,
     text,
     value,
 )
+from dyndiag.reports.findings.precursor import intervened
 from dyndiag.values import Event
 
 MICIKEVICIUS = Source(
@@ -60,7 +62,7 @@ def non_finite(told: Told, c: Contents) -> Finding:
         ),
         window=window,
         chapter="logits" if first.startswith(("attention", "logits")) else "gradients",
-        sentence=_sentence(c, event, first, became),
+        sentence=_sentence(c, event, first, became).removesuffix(".") + _cause(c, event),
         numbers=_numbers(c, event),
         label="Non-finite" + ("" if event.end is None else f", until {words.steps(end)}"),
         short="Non-finite",
@@ -83,7 +85,7 @@ def _name(series: str) -> str:
         ("attention/logit_max/", "the attention logit of "),
     ):
         if series.startswith(prefix):
-            return what + safe(series.removeprefix(prefix))
+            return what + module(series.removeprefix(prefix))
     known = {
         "train/loss": "the loss",
         "gradients/norm": "the gradient norm",
@@ -117,6 +119,11 @@ def _sentence(c: Contents, event: Event, first: str, became: str) -> str:
         f"The loss became NaN at step {words.steps(int(at))}; the first non-finite value was "
         f"{_name(first)}, {when}."
     )
+
+
+def _cause(c: Contents, event: Event) -> str:
+    intervention = intervened(c, event)
+    return f"; {intervention}." if intervention else "."
 
 
 def _what(c: Contents, event: Event) -> str:

@@ -8,6 +8,8 @@ from dyndiag.reports import words
 from dyndiag.reports.contents import Contents
 from dyndiag.reports.findings.finding import Finding, Told, around, end_of, safe, span, surety
 
+SAID = " Training goes on; the values it would have given are missing."  # said by the finding too
+
 
 def probe_failed(told: Told, c: Contents) -> Finding:
     event = told.event
@@ -55,5 +57,5 @@ def _probe(told: Told) -> str:
 def _message(c: Contents, probe: str) -> str:
     for notice in c.metadata.get("notices") or ():
         if isinstance(notice, Mapping) and notice.get("source") == probe:
-            return str(notice.get("text") or "")
+            return str(notice.get("text") or "").removesuffix(SAID)
     return ""

@@ -97,7 +97,7 @@ const DRAW = {
       d += pen ? `H${x.toFixed(1)}V${y.toFixed(1)}` : move(false, x, y);
       pen = true;
     }
-    if (pen && to === s.n - 1) d += `H${chart.X(LAST).toFixed(1)}`;
+    if (pen && to === s.n - 1) d += `H${chart.X(mark.hi).toFixed(1)}`;  // as long as the last one holds
     body.append(svgNode('path', { class: `line c-${mark.cls} ${mark.dash === undefined ? 'dash' : mark.dash}`, d }));
   },
 

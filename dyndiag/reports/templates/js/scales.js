@@ -25,8 +25,12 @@ const logarithmic = {
     if (span < .35) return linear.ticks(a, b, height);
     const within = span < .9 ? [1, 1.5, 2, 3, 4, 5, 7] : span < 2.2 ? [1, 2, 5] : [1];
     const skip = Math.max(1, Math.ceil(span / Math.max(2, height / 26)));
-    for (let e = Math.floor(Math.log10(a)); e <= Math.ceil(Math.log10(b)); e++) {
-      if (span >= 2.2 && e % skip) continue;
+    const powers = [];
+    for (let e = Math.ceil(Math.log10(a * .9999)); 10 ** e <= b * 1.0001; e++) powers.push(e);
+    const every = k => powers.filter(e => !((e + k) % skip));
+    const few = [every(0), every(1), powers].find(found => found.length > 1) || powers;
+    const decades = [Math.floor(Math.log10(a)), ...powers];
+    for (const e of span < 2.2 ? decades : few) {
       for (const m of within) {
         const x = m * 10 ** e;
         if (x >= a * .9999 && x <= b * 1.0001) out.push([x, tickText(x)]);
