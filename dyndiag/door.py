@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import os
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -19,6 +21,7 @@ def check_arguments(
     model: nn.Module,
     optimizer: Optimizer,
     loss_fn: LossFunction | None,
+    run: object,
     probe_batch: Batch,
     budget: float,
 ) -> None:
@@ -38,6 +41,15 @@ def check_arguments(
         raise DyndiagError(
             f"loss_fn must be a function loss_fn(model, batch) -> scalar, but it is a "
             f"{type(loss_fn).__name__}"
+        )
+    if loss_fn is not None and (takes := _other_arguments(loss_fn)) is not None:
+        raise DyndiagError(
+            f"loss_fn must take the model and one batch, loss_fn(model, batch), but it takes "
+            f"{takes}"
+        )
+    if not isinstance(run, str | os.PathLike):
+        raise DyndiagError(
+            f"run must be the path of the run's folder, but it is {run!r}: pass run='runs/name'"
         )
     parameters = {id(p) for p in model.parameters()}
     if not parameters:
@@ -61,11 +73,24 @@ def check_arguments(
         )
     if probe_batch is not None:
         check_probe_batch(probe_batch)
-    if not budget > 0:
+    if isinstance(budget, bool) or not isinstance(budget, int | float) or not budget > 0:
         raise DyndiagError(
             f"budget is the time for measuring as a share of training time, above 0 (default "
-            f"0.05), but it is {budget}"
+            f"0.05), but it is {budget!r}"
         )
+
+
+def _other_arguments(function: LossFunction) -> str | None:
+    """The function's arguments, if it cannot be called with two."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # some builtins do not tell
+        return None
+    try:
+        signature.bind(None, None)
+    except TypeError:
+        return str(signature)
+    return None
 
 
 def check_probes(probes: Sequence[object], default: Sequence[Probe]) -> None:

@@ -41,6 +41,7 @@ from dyndiag.values import Event
 
 _FLUSH_SECONDS = 1.0
 _LOOK_AGAIN = 11  # steps; looking at every parameter takes a while in a large model
+_LONG_SKIPPED = 50  # steps; a loss scaler finds its scale within some twenty
 
 
 class Monitor:
@@ -86,7 +87,7 @@ class Monitor:
         on_event: Callable[[Event], object] | None = None,
         tensorboard: bool = True,
     ) -> None:
-        check_arguments(model, optimizer, loss_fn, probe_batch, budget)
+        check_arguments(model, optimizer, loss_fn, run, probe_batch, budget)
         self._continual, sampled = sampled_probes(budget)
         check_probes(probes, sampled)
         self._model, self._optimizer, self._loss_fn = model, optimizer, loss_fn
@@ -106,6 +107,7 @@ class Monitor:
         }
         self._own_loss = True  # as far as is known
         self._user_steps = self._closed = False
+        self._skipped = 0  # steps in a row
         self._flushed = time.perf_counter()
         self._begin_watching()
         if not self._parameters:
@@ -203,7 +205,8 @@ class Monitor:
         trace: TracebackType | None,
     ) -> None:
         if error is not None:
-            self._boundary.note("training", f"it ended with {type(error).__name__}: {error}")
+            said = f": {error}" if str(error) else ""
+            self._boundary.note("training", f"it ended with {type(error).__name__}{said}")
         self.close()
 
     def _begin_watching(self) -> None:
@@ -245,6 +248,14 @@ class Monitor:
     def _finish(self, taken: Step, loss: Tensor | float | None, batch: Batch) -> None:
         step, self._next = self._next, self._next + 1
         self._boundary.step = step
+        self._skipped = self._skipped + 1 if "train/skipped" in taken.seen else 0
+        if self._skipped == _LONG_SKIPPED:
+            self._boundary.tell(
+                "Monitor",
+                f"the optimizer has taken none of the last {_LONG_SKIPPED} steps, so their rows "
+                "hold no gradients and no updates: where another optimizer trains the model by "
+                "now, close this monitor and make one with it and the same run=",
+            )
         with self._boundary("Monitor"):
             self._rows.add(step, taken.seen | _rates(taken.learning_rates))
             self._keep_recorded(step)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -56,6 +57,9 @@ class Sampler:
         self, probe: Probe, state: TrainState, keep: Callable[[Measurements], None]
     ) -> None:
         """Run one probe now."""
+        state = _of_what_trains(state)
+        if not probe.applies(state):
+            return
         before = time.perf_counter()
         seen: Measurements = {}
         try:
@@ -75,6 +79,20 @@ class Sampler:
             cost["products"] += sum(
                 value.products for value in seen.values() if isinstance(value, Estimate)
             )
+
+
+def _of_what_trains(state: TrainState) -> TrainState:
+    """Without parameters that were frozen since somebody looked: they have no derivative."""
+    if all(p.requires_grad for p in state.parameters):
+        return state
+    kept = [i for i, p in enumerate(state.parameters) if p.requires_grad]
+    weights = state.weights_before
+    return replace(
+        state,
+        parameters=tuple(state.parameters[i] for i in kept),
+        names=tuple(state.names[i] for i in kept),
+        weights_before=None if weights is None else tuple(weights[i] for i in kept),
+    )
 
 
 def tell_notices(probe: Probe | StepProbe, boundary: Boundary) -> None:

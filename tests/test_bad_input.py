@@ -30,19 +30,24 @@ from tests.models import cross_entropy, mlp
         ({"optimizer": None}, r"optimizer must be .* but it is missing"),
         ({"optimizer": 3}, r"optimizer must be .* but it is a int"),
         ({"loss_fn": 0.1}, r"loss_fn must be a function"),
+        ({"loss_fn": lambda output: output.sum()}, r"loss_fn\(model, batch\), but .* \(output\)"),
+        ({"loss_fn": nn.CrossEntropyLoss().forward.__func__}, r"but it takes \(self, input"),
+        ({"run": None}, r"run must be the path .* but it is None"),
         ({"model": nn.Sequential()}, r"has no parameters"),
         ({"optimizer": sgd(mlp())}, r"updates none of the model's parameters.*model.parameters"),
         ({"probe_batch": (torch.zeros(0, 8), torch.zeros(0))}, r"probe batch is empty"),
         ({"probe_batch": []}, r"probe batch is empty"),
         ({"probe_batch": DataLoader([1])}, r"one batch, but it is a DataLoader.*next\(iter"),
         ({"budget": 0}, r"budget is .* but it is 0"),
+        ({"budget": "5%"}, r"budget is .* but it is '5%'"),
     ],
 )
 def test_refused_at_the_door(tmp_path: Path, change: dict[str, Any], says: str) -> None:
     model = mlp()
-    arguments = {"model": model, "optimizer": sgd(model), "loss_fn": cross_entropy} | change
+    arguments = {"model": model, "optimizer": sgd(model), "loss_fn": cross_entropy}
+    arguments |= {"run": tmp_path / "run"} | change
     with pytest.raises(dyndiag.DyndiagError, match=says):
-        dyndiag.Monitor(**arguments, run=tmp_path / "run")
+        dyndiag.Monitor(**arguments)
     assert not (tmp_path / "run").exists()
 
 

@@ -374,3 +374,11 @@ def test_a_forgotten_close_loses_nothing(tmp_path: Path) -> None:
     run = dyndiag.Run(tmp_path / "run")
     assert len(run["train/loss"]) == 10
     assert run.metadata["finished"]
+
+
+def test_an_optimizer_that_trains_no_longer_is_told(tmp_path: Path) -> None:
+    model = mlp()
+    monitor = dyndiag.Monitor(model, sgd(model), cross_entropy, run=tmp_path, tensorboard=False)
+    with pytest.warns(dyndiag.DyndiagWarning, match="none of the last 50 steps"), monitor:
+        train(monitor, model, sgd(model), steps=60)
+    assert dyndiag.Run(tmp_path)["train/skipped"].sum() == 60

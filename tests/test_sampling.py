@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -116,3 +117,23 @@ def test_readings_keep_to_their_share(share: float, cost: float, grace: float, n
         assert taken == list(range(0, 3000, n))
     elif grace == 0:
         assert len(taken) * cost >= share * seconds - 2 * n * (cost + share * 0.05)
+
+
+def test_parameters_frozen_since_are_left_out() -> None:
+    """The monitor looks now and then which parameters train; a probe differentiates at once."""
+    setting = Setting(looks)
+    parameters = tuple(setting.model.parameters())
+    names = tuple(name for name, _ in setting.model.named_parameters())
+    copies = tuple(p.detach().clone() for p in parameters)
+    setting.state = replace(
+        setting.state, parameters=parameters, names=names, weights_before=copies
+    )
+    parameters[0].requires_grad_(False)
+    seen: list[TrainState] = []
+    setting.probe.measure = lambda state: seen.append(state) or {}  # type: ignore[method-assign, func-returns-value]
+    setting.sample()
+    (state,) = seen
+    assert all(a is b for a, b in zip(state.parameters, parameters[1:], strict=True))
+    assert state.names == names[1:]
+    assert state.weights_before is not None
+    assert all(a is b for a, b in zip(state.weights_before, copies[1:], strict=True))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from dyndiag.batches import ForwardCall, MicroBatches, loss_of
+from dyndiag.curvature.engines.surroundings import differentiable_checkpoints
 from dyndiag.state import Measurements
 
 Boundary = Callable[[str], AbstractContextManager[None]]
@@ -27,10 +28,14 @@ _measurements: list[object] = []  # under way in this process, by whichever moni
 
 @contextmanager
 def unwatched() -> Iterator[None]:
-    """The body's forward passes are a measurement: no watch takes them for the training's."""
+    """The body's forward passes are a measurement: no watch takes them for the training's.
+
+    Reentrant checkpoints in them, which only `.backward()` can pass, run as the other kind.
+    """
     _measurements.append(None)
     try:
-        yield
+        with differentiable_checkpoints():
+            yield
     finally:
         _measurements.pop()
 

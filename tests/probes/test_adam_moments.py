@@ -236,6 +236,29 @@ def test_parameters_of_several_dtypes() -> None:
     assert seen["gradients/rms_ratio"] > 1
 
 
+def test_complex_weights_are_pairs_of_real_ones() -> None:
+    g = torch.Generator().manual_seed(0)
+    pairs = nn.ParameterDict({"a": torch.randn(1500, 2, generator=g)})
+    whole = nn.ParameterDict({"a": torch.view_as_complex(pairs["a"].detach().clone())})
+    probes = AdamMoments(EVERY), AdamMoments(EVERY)
+    optimizers = [torch.optim.Adam(model.parameters()) for model in (pairs, whole)]
+    for step in range(3):
+        gradient = torch.randn(1500, 2, generator=g)
+        pairs["a"].grad, whole["a"].grad = gradient, torch.view_as_complex(gradient.clone())
+        real = take(probes[0], pairs, optimizers[0], step)
+        seen = take(probes[1], whole, optimizers[1], step)
+    assert seen == pytest.approx(real, rel=1e-5)
+
+
+def test_sparse_gradients_are_what_it_says() -> None:
+    model = nn.Embedding(5, 2, sparse=True)
+    optimizer = torch.optim.SparseAdam(model.parameters())
+    probe = AdamMoments(EVERY)
+    model(torch.tensor([1, 3])).sum().backward()
+    assert take(probe, model, optimizer) == {}
+    assert "are sparse" in probe.notices[0]
+
+
 def test_without_a_second_moment_it_says_so() -> None:
     model = parameters([1.0])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -77,6 +77,29 @@ def test_blocks_of_stacks() -> None:
     assert blocks(model_of("transformer")) == ("attend.0", "attend.1")
 
 
+class Wrapped(nn.Module):
+    """Around a module, as a compiled one is: it has a length only if what it wraps has one."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def __len__(self) -> int:
+        raise TypeError(f"{type(self.inner).__name__} does not support len()")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+
+def test_members_are_not_asked_for_their_length() -> None:
+    stack = nn.ModuleList(Wrapped(seq(nn.Linear(6, 6), nn.ReLU(), nn.Sequential())) for _ in "ab")
+    assert blocks(stack) == ("0", "1")
+    assert blocks(seq(Wrapped(nn.ReLU()), nn.Linear(6, 6))) == ("0.inner",)
+    assert blocks(nn.ModuleList([seq(nn.Sequential()), nn.Linear(2, 2)])) == ("0",)
+    found = shapes(seq(*stack), torch.rand(3, 6))
+    assert found.units == {"0.inner.1": [(3, 6, False)], "1.inner.1": [(3, 6, False)]}
+
+
 def test_blocks_without_stacks() -> None:
     assert blocks(seq(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 8), nn.GELU())) == ("1", "3")
     assert blocks(seq(seq(nn.Linear(4, 8), nn.ReLU()), nn.Linear(8, 2))) == ("0.1",)

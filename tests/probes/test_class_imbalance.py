@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dyndiag.batches import MicroBatches
+from dyndiag.batches import MicroBatches, own_loss
 from dyndiag.probes.predictions.class_imbalance import ClassImbalance
 from dyndiag.state import Measurements, TrainState
 from tests.models import batches, cross_entropy, mlp
 from tests.probes.test_predictions import Table, state_of, table_loss
+from tests.probes.test_targets import LABELS, TOKENS, LanguageModel
 
 
 def by_class(seen: Measurements, name: str) -> dict[int, float]:
@@ -108,6 +109,55 @@ def test_what_is_left_out_is_said(loss_fn: Any, y: Tensor, words: str, left: int
     seen = probe.measure(state_of(Table(torch.randn(2, 3)), 0, loss_fn, (torch.arange(2), y)))
     assert len(seen) == left
     assert words in probe.notices[0]
+
+
+class Parts(nn.Module):
+    """Logits by the real part for the first class, the imaginary one for the second; 0 else."""
+
+    def __init__(self, values: Tensor) -> None:
+        super().__init__()
+        self.values = nn.Parameter(values)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pairs = torch.view_as_real(self.values) if self.values.is_complex() else self.values
+        return F.pad(pairs[x], (0, 1))
+
+
+def test_complex_weights_count_both_parts() -> None:
+    pairs, batch = torch.randn(6, 2), (torch.arange(6), torch.tensor([0, 0, 0, 0, 1, 1]))
+    pairs[:4, 1] -= 3
+    real, whole = (
+        ClassImbalance().measure(state_of(Parts(values), 0, table_loss, batch))
+        for values in (pairs, torch.view_as_complex(pairs))
+    )
+    for name in ("loss_by_class", "gradient_share_by_class"):
+        assert by_class(whole, name) == pytest.approx(by_class(real, name), rel=1e-5)
+
+
+def test_of_a_loss_that_is_not_finite_nothing_is_said_of_its_kind() -> None:
+    logits, y = torch.randn(2, 3), torch.tensor([1, 0])
+    logits[0, 0] = torch.nan
+    probe = ClassImbalance()
+    seen = probe.measure(state_of(Table(logits), 0, table_loss, (torch.arange(2), y)))
+    losses = by_class(seen, "loss_by_class")
+    assert math.isnan(losses[1])
+    assert losses[0] == pytest.approx(F.cross_entropy(logits[1:], y[1:]).item())
+    assert probe.notices == []
+    model = LanguageModel()
+    nn.init.constant_(model.table, torch.nan)
+    assert probe.measure(state_of(model, 11, own_loss, LABELS)) == {}
+    assert probe.notices == []
+
+
+def test_a_loss_over_hidden_positions_is_not_that_of_the_visible_ones() -> None:
+    """Padding that the mask hides but the labels do not: the loss counts it, the classes do not."""
+    mask = torch.ones_like(TOKENS).index_fill_(1, torch.tensor([4, 5]), 0)
+    batch = dict(LABELS, attention_mask=mask)
+    probe = ClassImbalance()
+    seen = probe.measure(state_of(LanguageModel(), 0, own_loss, batch))
+    assert by_class(seen, "loss_by_class")
+    assert not by_class(seen, "gradient_share_by_class")
+    assert "not the mean" in probe.notices[0]
 
 
 def test_a_rare_class_is_learnt_late() -> None:

@@ -97,6 +97,20 @@ def test_a_measurement_is_not_the_training() -> None:
     assert seen(found) == (None, None, 0)
 
 
+def test_a_measurement_can_differentiate_reentrant_checkpoints() -> None:
+    """Which torch lets only `.backward()` pass: gradients, and curvature by their kept graph."""
+    layer, x = nn.Linear(3, 3).double(), torch.ones(2, 3, dtype=torch.float64, requires_grad=True)
+
+    def gradients(y: Tensor) -> list[Tensor]:
+        first = torch.autograd.grad(y.tanh().sum(), list(layer.parameters()), create_graph=True)
+        return [*first, *torch.autograd.grad(first[0].square().sum(), list(layer.parameters()))]
+
+    with unwatched():
+        found = gradients(checkpoint(layer, x, use_reentrant=True))
+    for one, other in zip(found, gradients(layer(x)), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_forwards_that_nobody_steps_on_are_not_hoarded() -> None:
     model = mlp()  # has no loss of its own
     found = watch(model)

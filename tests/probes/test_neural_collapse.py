@@ -20,6 +20,7 @@ from dyndiag.probes.activations.neural_collapse import NeuralCollapse, collapse
 from dyndiag.schedule import Every
 from tests.models import batches, cross_entropy, model_of
 from tests.probes.sampled import state_of, taken
+from tests.probes.test_targets import LABELS, LanguageModel
 
 
 def gaussian(rows: int, features: int, seed: int = 0) -> Tensor:
@@ -283,3 +284,9 @@ def test_features_collapse_when_training_goes_on_after_the_last_error(tmp_path: 
         assert values.is_monotonic_decreasing
         assert values[100] < 0.2 * values[0]
         assert values[300] < 0.5 * values[100]
+
+
+def test_a_loss_of_nan_is_no_want_of_targets() -> None:
+    model = LanguageModel()
+    nn.init.constant_(model.table, torch.nan)
+    assert sample(model, LABELS, loss_fn=own_loss) == ({}, [])

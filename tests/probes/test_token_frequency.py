@@ -15,7 +15,7 @@ from dyndiag.batches import own_loss
 from dyndiag.errors import DyndiagError
 from dyndiag.probes.predictions.token_frequency import TokenFrequency, frequency_deciles
 from tests.probes.test_predictions import Table, state_of, table_loss
-from tests.probes.test_targets import TOKENS, LanguageModel
+from tests.probes.test_targets import LABELS, TOKENS, LanguageModel
 
 
 def by_bucket(seen: Any) -> dict[int, float]:
@@ -134,3 +134,10 @@ def test_the_loss_of_rare_tokens_lags() -> None:
     assert last[buckets[-1]] > 5 * last[buckets[0]]
     thirds = [sum(last[b] for b in part) / len(part) for part in (buckets[:3], buckets[-3:])]
     assert thirds[1] > 3 * thirds[0]
+
+
+def test_a_loss_of_nan_is_no_want_of_targets() -> None:
+    probe, model = TokenFrequency(), LanguageModel()
+    nn.init.constant_(model.table, torch.nan)
+    assert probe.measure(state_of(model, 0, own_loss, LABELS)) == {}
+    assert probe.notices == []

@@ -43,6 +43,12 @@ class Intercept(TorchFunctionMode):
         return output
 
 
+def has_parts(module: nn.Module) -> bool:
+    """Whether it has children. (They are not asked for their truth: an empty Sequential is false,
+    and a compiled module raises.)"""
+    return next(module.children(), None) is not None
+
+
 def only_applies(module: nn.Module) -> bool:
     """Whether it has no parts and no weights, but for a slope of each channel."""
-    return not any(module.children()) and all(p.dim() < 2 for p in module.parameters())
+    return not has_parts(module) and all(p.dim() < 2 for p in module.parameters())

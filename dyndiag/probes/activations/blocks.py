@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from torch import nn
 
+from dyndiag.probes.activations.activation_functions import has_parts
 from dyndiag.probes.modules import MOST_PARTS
 
 T = TypeVar("T")
@@ -34,7 +35,7 @@ def blocks(model: nn.Module) -> tuple[str, ...]:
     ('1',)
     """
     stacked = dict.fromkeys(_stacked(model))
-    leaves = [(name, m) for name, m in model.named_modules() if not any(m.children())]
+    leaves = [(name, m) for name, m in model.named_modules() if not has_parts(m)]
     found = (
         [name for name, module in model.named_modules() if module in stacked]
         or [name for name, module in leaves if is_activation(module)]
@@ -71,7 +72,7 @@ def _stacked(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _members(stack: nn.Module) -> list[nn.Module]:
-    composite = [child for child in stack.children() if any(child.children())]
+    composite = [child for child in stack.children() if has_parts(child)]
     if isinstance(stack, nn.ModuleList):
         return composite
     count = Counter(map(_kind, composite))

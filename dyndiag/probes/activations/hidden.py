@@ -16,6 +16,7 @@ from dyndiag.probes.activations.activation_functions import (
     PARTS,
     TWO_SIDED,
     Intercept,
+    has_parts,
     only_applies,
 )
 from dyndiag.probes.activations.blocks import GATES
@@ -217,4 +218,4 @@ def _mask(inputs: Any) -> Tensor | None:
 
 
 def _has_weights(module: nn.Module) -> bool:
-    return not any(module.children()) and any(True for _ in module.parameters())
+    return not has_parts(module) and any(True for _ in module.parameters())

@@ -65,7 +65,8 @@ class NeuralCollapse:
         parts = [_features(state, batch) for batch in state.probe.batches]
         missing = [part for part in parts if isinstance(part, str)]
         if missing:
-            self._tell(missing[0])
+            if missing[0]:
+                self._tell(missing[0])
             return {}
         found = collapse(*(torch.cat(each) for each in zip(*parts, strict=True)))
         seen: Measurements = {}
@@ -142,14 +143,15 @@ def collapse(features: Tensor, classes: Tensor) -> Collapse:
 
 def _features(state: TrainState, batch: Batch) -> tuple[Tensor, Tensor] | str:
     """Features before the last layer and their classes, in the rows that count, at most
-    `_MOST_SAMPLES` of them; or why there are none."""
+    `_MOST_SAMPLES` of them; or why there are none, nothing if that is for a loss of NaN."""
     with _last_linear(state.model) as calls:
         passed = one_pass(state.model, state.loss_fn, batch)
     if passed.logits is None:
         return "the model's output holds no class scores of shape (…, classes)"
     targets = targets_of(passed)
     if targets is None:
-        return "no targets were found in the probe batch: integers of the class scores' shape"
+        why = "no targets were found in the probe batch: integers of the class scores' shape"
+        return why if passed.loss_tells else ""
     hidden = calls.get(passed.logits.shape[-1])
     rows = None if hidden is None else hidden.detach().flatten(0, -2)
     if rows is None or len(rows) != len(targets.classes):

@@ -70,7 +70,7 @@ class AdamMoments:
         if not any(found):
             return {}
         device = step.gradient_norms.device
-        elements = sum(one.gradient.numel() for one in found if one)
+        elements = sum(_numbers(one.gradient) for one in found if one)
         largest = Largest(elements // _ONE_IN + 1, device)
         highest = []
         for one in found:
@@ -93,11 +93,7 @@ class AdamMoments:
         found = _moments(step)
         if not any(found):
             if any(step.present):
-                self.notices.append(
-                    f"{type(step.optimizer).__name__} keeps no second moment of the gradients that "
-                    "is known, so there are no spike ratios: Adam, AdamW, NAdam, RAdam, Adamax "
-                    "and RMSprop do"
-                )
+                self.notices.append(_nothing_to_divide(step))
             return {}
         seen = self._rms(step)
         found = [one if one and one.moment.divisor is not None else None for one in found]
@@ -119,10 +115,22 @@ class AdamMoments:
         norms = step.gradient_norms
         which = self._present = by_module(self._present, step.names, step.present, norms.device)
         if self._sizes is None or self._sizes[0] is not which:
-            sizes = torch.tensor([p.numel() for p in step.parameters], device=norms.device)
+            sizes = torch.tensor([_numbers(p) for p in step.parameters], device=norms.device)
             self._sizes = which, which.over(which.kept(sizes).double(), "sum")
         squares = which.over(which.kept(norms).square(), "sum")
         return {which.names("gradients/rms"): (squares / self._sizes[1]).sqrt()}
+
+
+def _nothing_to_divide(step: PassingStep) -> str:
+    if any(gradient is not None and gradient.is_sparse for gradient in step.gradients):
+        return (
+            "no spike ratios: the gradients that the optimizer divides by a second moment are "
+            "sparse; those of an embedding with sparse=False are not"
+        )
+    return (
+        f"{type(step.optimizer).__name__} keeps no second moment of the gradients that is known, "
+        "so there are no spike ratios: Adam, AdamW, NAdam, RAdam, Adamax and RMSprop do"
+    )
 
 
 class _Moment(NamedTuple):
@@ -145,6 +153,11 @@ def _moments(step: PassingStep) -> list[_Moment | None]:
     return found
 
 
+def _numbers(tensor: Tensor) -> int:
+    """Elements; a complex one counts as two, as Adam has it."""
+    return tensor.numel() * (2 if tensor.is_complex() else 1)
+
+
 def _spike_ratios(gradient: Tensor, moment: SecondMoment) -> Iterator[Tensor]:
     """g²/v̂ of each element, in blocks; 0 where v is 0."""
     for g, v in blocks(gradient, moment.mean):
@@ -163,7 +176,7 @@ def _against_divisor(
         counts.append(root.sign().sum())
         shares.append(_without_infinity((root + floor).reciprocal_()).mul_(root).sum())
         ratio = _without_infinity(root.clamp_min_(floor).reciprocal_()).mul_(g)
-        squares.append(torch.dot(ratio, ratio) * (moment.correction / gradient.numel()))
+        squares.append(torch.dot(ratio, ratio) * (moment.correction / _numbers(gradient)))
     return squares, shares, counts
 
 

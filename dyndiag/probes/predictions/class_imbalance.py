@@ -51,10 +51,11 @@ class ClassImbalance:
                 passed = one_pass(state.model, state.loss_fn, batch, graph=True)
                 targets = targets_of(passed)
                 if targets is None:
-                    self.notices.append(
-                        "ClassImbalance found no targets in the probe batch: they must be an "
-                        "integer tensor that fits the logits, whose cross-entropy is the loss"
-                    )
+                    if passed.loss_tells:
+                        self.notices.append(
+                            "ClassImbalance found no targets in the probe batch: they must be an "
+                            "integer tensor that fits the logits, whose cross-entropy is the loss"
+                        )
                     return {}
                 found.append((passed, targets))
             count = max(passed.scores.shape[1] for passed, _ in found)
@@ -67,10 +68,11 @@ class ClassImbalance:
                 f"predictions/loss_by_class/{c}": loss[of_class == c].mean() for c in present
             }
             if not all(targets.verified for _, targets in found):
-                self.notices.append(
-                    "ClassImbalance leaves out the shares of the gradient: the loss is not the "
-                    "mean cross-entropy of the batch's targets"
-                )
+                if all(passed.loss_tells for passed, _ in found):
+                    self.notices.append(
+                        "ClassImbalance leaves out the shares of the gradient: the loss is not the "
+                        "mean cross-entropy of the batch's targets"
+                    )
                 return seen
             return seen | _shares(state, found, present)
 
@@ -110,5 +112,6 @@ def _shares(
 
 
 def _squared_norm(gradient: list[Tensor | None]) -> Tensor:
-    found = [g.double().square().sum() for g in gradient if g is not None]
+    found = [torch.view_as_real(g) if g.is_complex() else g for g in gradient if g is not None]
+    found = [g.double().square().sum() for g in found]
     return torch.stack(found).sum() if found else torch.zeros((), dtype=torch.float64)

@@ -132,7 +132,13 @@ def _gradient(state: TrainState, indices: Tensor) -> list[Tensor | None]:
         parts = [state.loss_fn(state.model, one) for one in chosen_examples(state, indices)]
         loss = torch.stack([part.reshape(()) for part in parts]).mean()
         found = torch.autograd.grad(loss, state.parameters, allow_unused=True)
-    return [g.to_dense() if g is not None and g.is_sparse else g for g in found]
+    return [None if g is None else _real(g) for g in found]
+
+
+def _real(gradient: Tensor) -> Tensor:
+    """Dense, and a complex one as pairs of real numbers."""
+    dense = gradient.to_dense() if gradient.is_sparse else gradient
+    return torch.view_as_real(dense) if dense.is_complex() else dense
 
 
 def _cosine(one: list[Tensor | None], other: list[Tensor | None]) -> Tensor | None:

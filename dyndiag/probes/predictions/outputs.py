@@ -27,6 +27,11 @@ class Pass:
     """(…, classes), as the model gave them; None where it gave no class scores."""
 
     @property
+    def loss_tells(self) -> bool:
+        """Whether the loss can tell what it was made of: not if it is infinite or NaN."""
+        return self.loss is None or bool(self.loss.isfinite().all())
+
+    @property
     def scores(self) -> Tensor:
         """The logits as (positions, classes), with their graph where gradients are on."""
         assert self.logits is not None
@@ -63,7 +68,7 @@ def one_pass(
             check_scalar_loss(loss)
         elif isinstance(batch, ForwardCall):
             model(*batch.args, **batch.kwargs)
-        elif isinstance(batch, dict):
+        elif isinstance(batch, Mapping):
             model(**batch)
         else:
             model(batch[0] if isinstance(batch, tuple | list) else batch)

@@ -57,9 +57,9 @@ def targets_of(passed: Pass, log_z: Tensor | None = None) -> Targets | None:
         at_target = scores.gather(1, safe[:, None]).squeeze(1).float()
         losses = (log_z - at_target).where(counted, 0.0)
         shown = counted if mask is None else counted & mask
-        verified = any(_is_loss_of(passed, losses, which) for which in (counted, shown))
+        verified = _is_loss_of(passed, losses, shown)
         targets = Targets(safe, shown, losses.where(shown, 0.0), verified)
-        if verified:
+        if verified or (mask is not None and _is_loss_of(passed, losses, counted)):
             proven.setdefault(kind, targets)
         elif kind is _Kind.PLAIN and suggested is None:
             suggested = targets

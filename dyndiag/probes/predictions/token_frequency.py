@@ -55,17 +55,20 @@ class TokenFrequency:
         losses: list[Tensor] = []
         tokens: list[Tensor] = []
         vocabulary = 0
+        tells = True
         for passed in passes(state.model, state.loss_fn, state.probe):
+            tells &= passed.loss_tells
             targets = targets_of(passed)
             if targets is not None:
                 losses.append(targets.losses[targets.count])
                 tokens.append(targets.classes[targets.count])
                 vocabulary = max(vocabulary, passed.scores.shape[1])
         if len(tokens) < len(state.probe.batches):
-            self.notices.append(
-                "TokenFrequency found no target tokens in the probe batch: they must be an "
-                "integer tensor that fits the logits, whose cross-entropy is the loss"
-            )
+            if tells:
+                self.notices.append(
+                    "TokenFrequency found no target tokens in the probe batch: they must be an "
+                    "integer tensor that fits the logits, whose cross-entropy is the loss"
+                )
             return {}
         loss, token = torch.cat(losses).double(), torch.cat(tokens)
         if self._bucket is None or len(self._bucket) != vocabulary:
