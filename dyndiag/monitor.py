@@ -34,6 +34,7 @@ from dyndiag.probes import (
     learning_rates,
     sampled_probes,
 )
+from dyndiag.probes.forward import is_compiled
 from dyndiag.rows import Rows
 from dyndiag.sampling import Sampler, tell_notices
 from dyndiag.state import Measurements, Task, TrainState, Value
@@ -110,6 +111,12 @@ class Monitor:
         self._skipped = 0  # steps in a row
         self._flushed = time.perf_counter()
         self._begin_watching()
+        if any(is_compiled(module) for module in model.modules()):
+            self._boundary.note(
+                "AttentionLogits",
+                "the model, or a part of it, is compiled, and attention inside compiled code is "
+                "not seen",
+            )
         if not self._parameters:
             self._boundary.tell(
                 "Monitor",

@@ -382,3 +382,20 @@ def test_an_optimizer_that_trains_no_longer_is_told(tmp_path: Path) -> None:
     with pytest.warns(dyndiag.DyndiagWarning, match="none of the last 50 steps"), monitor:
         train(monitor, model, sgd(model), steps=60)
     assert dyndiag.Run(tmp_path)["train/skipped"].sum() == 60
+
+
+def test_attention_in_compiled_code_is_absent_with_a_reason(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Linear(8, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    compiled = torch.compile(model, backend="eager")
+    with dyndiag.Monitor(compiled, optimizer, run=tmp_path, tensorboard=False) as monitor:
+        for _ in range(2):
+            loss = compiled(torch.ones(2, 3, 8)).square().mean()
+            loss.backward()
+            optimizer.step()
+            monitor.step(loss=loss)
+    run = dyndiag.Run(tmp_path)
+    assert not any(name.startswith("attention/") for name in run.names)
+    assert "attention inside compiled code is not seen" in str(run.metadata["notices"])
+    page = dyndiag.report(tmp_path).read_text("utf-8")
+    assert "attention inside compiled code is not seen" in page
