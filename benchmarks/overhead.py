@@ -88,9 +88,47 @@ def block(
     return (time.perf_counter() - began) / len(batches)
 
 
+def hook_tables(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[dict[object, object]]:
+    """Where all hooks on a training are kept. Here they are all the monitor's."""
+    tables = [optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks]
+    for module in model.modules():
+        tables += [getattr(module, name) for name in vars(module) if name.startswith("_forward_")]
+    tables += [p._post_accumulate_grad_hooks or {} for p in model.parameters()]
+    return tables
+
+
+def toggled_ratio(name: str, pairs: int) -> float:
+    """One training, watched in every other block: the monitor's hooks are off in between. Nothing
+    but the monitor differs, and its tensors lie where they lie."""
+    schedule.GRACE = 0.0  # without it the first two seconds of samples would be in here
+    model, optimizer, batches, loss_fn = PROBLEMS[name]()
+    with tempfile.TemporaryDirectory() as folder:
+        monitor = dyndiag.Monitor(model, optimizer, loss_fn, run=Path(folder) / "run", budget=1e-9)
+        for _ in range(6):  # past the first 44 steps, where weights are copied at every step
+            block(model, optimizer, batches, loss_fn, monitor.step)
+        ratios = []
+        for i in range(pairs):
+            seconds = {}
+            for watched in (False, True) if i % 2 == 0 else (True, False):
+                kept = []
+                if not watched:
+                    tables = hook_tables(model, optimizer)
+                    kept = [(table, dict(table)) for table in tables]
+                    for table in tables:
+                        table.clear()
+                after = monitor.step if watched else None
+                seconds[watched] = block(model, optimizer, batches, loss_fn, after)
+                for table, hooks in kept:
+                    table.update(hooks)
+            ratios.append(seconds[True] / seconds[False])
+        monitor.close()
+    return statistics.median(ratios)
+
+
 def watched_ratio(name: str, pairs: int) -> float:
     """Two equal trainings side by side, one of them watched; a block of each in turn. Then the
-    other is watched: the geometric mean of the two medians."""
+    other is watched: the geometric mean of the two medians. It also sees what the monitor's
+    presence does to the allocator, amid much noise of where the two trainings' tensors lie."""
     schedule.GRACE = 0.0  # without it the first two seconds of samples would be in here
     trainings = [PROBLEMS[name](), PROBLEMS[name]()]
     medians = []
@@ -113,18 +151,21 @@ def watched_ratio(name: str, pairs: int) -> float:
     return statistics.geometric_mean(medians)
 
 
-def always_on(name: str, processes: int, pairs: int) -> None:
-    """In processes of their own: where tensors lie in memory makes equal trainings differ by a
-    percent or two, and that is drawn anew in each."""
-    command = [sys.executable, __file__, "--one", name, "--pairs", str(pairs)]
+MEASURES = {"toggled": toggled_ratio, "two trainings": watched_ratio}
+
+
+def always_on(name: str, measure: str, processes: int, pairs: int) -> None:
+    """In processes of their own: where tensors lie in memory makes equal trainings differ by some
+    percent, and that is drawn anew in each."""
+    command = [sys.executable, __file__, "--one", name, "--measure", measure, "--pairs", str(pairs)]
     ratios = [
         float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
         for _ in range(processes)
     ]
     error = statistics.stdev(ratios) / len(ratios) ** 0.5
     print(
-        f"{name}: step with the monitor / without = {statistics.mean(ratios):.4f} ± {error:.4f} "
-        f"(standard error of {processes} processes: "
+        f"{name}, {measure}: step with the monitor / without = {statistics.mean(ratios):.4f} ± "
+        f"{error:.4f} (standard error of {processes} processes: "
         f"{', '.join(f'{ratio:.4f}' for ratio in sorted(ratios))}); bar 1.01"
     )
 
@@ -181,14 +222,18 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--processes", type=int, default=8)
     parser.add_argument("--pairs", type=int, default=20, help="of blocks, in each process")
+    parser.add_argument("--only", choices=PROBLEMS, help="one of the two")
+    parser.add_argument("--measure", choices=MEASURES, default="toggled")
     parser.add_argument("--one", choices=PROBLEMS, help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, default=300)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.one:
-        print(watched_ratio(arguments.one, arguments.pairs))
+        print(MEASURES[arguments.measure](arguments.one, arguments.pairs))
         sys.exit()
-    for name in PROBLEMS:
-        always_on(name, arguments.processes, arguments.pairs)
+    for name in [arguments.only] if arguments.only else PROBLEMS:
+        always_on(name, arguments.measure, arguments.processes, arguments.pairs)
+    if arguments.only:
+        sys.exit()
     keeping(2000)
     sampled(arguments.seconds)

@@ -269,11 +269,14 @@ class Monitor:
             self._keep_loss(step, taken.loss if loss is None else loss)
             state = self._state(step, taken, batch)
             self._sampler.measure_due(state, lambda seen: self._rows.add(step, seen))
-            with self._boundary("UpdateRatio"):
-                self._rows.add(step, self._watch.update_ratio(state))
+            if state.weights_before is not None:
+                with self._boundary("UpdateRatio"):
+                    self._rows.add(step, self._watch.update_ratio(state))
             for probe in self._step_probes:
                 tell_notices(probe, self._boundary)
-            self._rows.add(step, {f"failures/{name}": 1.0 for name in self._boundary.failed()})
+            failed = self._boundary.failed()
+            if failed:
+                self._rows.add(step, {f"failures/{name}": 1.0 for name in failed})
         self._watch.step = self._next
         if step % _LOOK_AGAIN == 0:
             self._follow_freezing()

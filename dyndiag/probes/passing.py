@@ -110,6 +110,16 @@ def norms_on_host(tensors: Sequence[Tensor | None]) -> list[float] | None:
 
     On a CPU the calls on many small tensors would cost as much again as the norms.
     """
+    plain = [
+        tensor
+        for tensor in tensors
+        if tensor is not None
+        and tensor.is_cpu
+        and tensor.dtype is torch.float32
+        and tensor.layout is torch.strided
+    ]
+    if plain and len(plain) == len(tensors):  # nearly always
+        return [norm.item() for norm in torch._foreach_norm(plain)]
     found = [tensor for tensor in tensors if tensor is not None]
     if not all(tensor.is_cpu for tensor in found):
         return None

@@ -51,14 +51,14 @@ class AttentionLogits:
     kernels of other packages, compiled modules, and what runs under selective checkpointing.
 
     When: as said in the first 500 steps. From there on the eighth at every step as long as that
-    takes at most 0.05 % of the time, else at odd intervals; the rest at every 11th step, or at odd
-    multiples, within 0.03 %. (Or in 0.25 s each, if that is more, spread over the logarithm of
+    takes at most 0.03 % of the time, else at odd intervals; the rest at every 11th step, or at odd
+    multiples, within 0.02 %. (Or in 0.25 s each, if that is more, spread over the logarithm of
     time.) What counts is the time of the training's thread: on an accelerator that of the launches.
 
     Cost of a reading: one product q kᵀ of the sequences taken (a read, where the model holds the
     scores; for `nn.MultiheadAttention` the projections once more), and an exponential for each
     score of the eighth at every 11th; never more than a block of scores in memory. At the other
-    steps two calls of a hook for each module that attends. No host sync.
+    steps a call of a hook for each module that attends. No host sync.
 
     Misleads where a model masks with moderate numbers such as −10,000, which count as scores, and
     where it softmaxes something of four dimensions that is no attention.
@@ -67,8 +67,8 @@ class AttentionLogits:
     def __init__(self, model: nn.Module, boundary: Boundary = unguarded) -> None:
         self._boundary = boundary
         self._calls = AttentionCalls(model, self._read, boundary)
-        self._eighth_due = WithinShare(0.0005)
-        self._all_due = WithinShare(0.0003, Every(11))
+        self._eighth_due = WithinShare(0.0003)
+        self._all_due = WithinShare(0.0002, Every(11))
         self._eighth = self._all = self._live = self._begun = False
         self._waiting: list[_Call] = []
         self._largest: dict[nn.Module, Tensor] = {}
@@ -85,7 +85,6 @@ class AttentionLogits:
             self._calls.follow(whole=self._all)
             self._calls.seconds += time.perf_counter() - began
 
-    @torch.no_grad()
     def finished(self, call: ForwardCall, output: Any) -> None:
         if not self._live:
             return
@@ -93,7 +92,7 @@ class AttentionLogits:
         began = time.perf_counter()
         waiting, self._waiting = self._waiting, []
         if output is not None:  # else the forward has failed
-            with self._boundary("AttentionLogits"):
+            with self._boundary("AttentionLogits"), torch.no_grad():
                 self._keep(waiting)
         self._calls.stop()
         seconds = self._calls.seconds + time.perf_counter() - began

@@ -29,8 +29,8 @@ class AttentionCalls:
     """Shows the attention calls of forward passes to `read`, with the module that makes them.
 
     A forward that is followed whole tells which modules attend (the innermost that runs when
-    scores are made); in others only these are watched. Two hooks stay on each, which
-    cost less in a forward that is not followed than it takes to put them on and off.
+    scores are made); in others only these are watched. One hook stays on each, which finds out
+    whether the forward is followed also where the module is called before or without the model.
     """
 
     def __init__(self, model: nn.Module, read: Read, boundary: Boundary) -> None:
@@ -42,7 +42,8 @@ class AttentionCalls:
         """Of the training's thread that this has taken, reading included."""
         compiled = any(is_compiled(module) for module in model.modules())
         self._traces_left = 0 if compiled else _TRACES
-        self._found: dict[nn.Module, list[RemovableHandle]] = {}
+        self._found: dict[nn.Module, RemovableHandle] = {}
+        self._leaving: dict[nn.Module, RemovableHandle] = {}
         self._tracing: list[Any] = []
         self._stack: list[nn.Module] = []
         self._mode = _Intercept(self._read)
@@ -58,9 +59,9 @@ class AttentionCalls:
     def stop(self) -> None:
         """The forward has ended, or failed."""
         self.live = False
-        for handle in self._tracing:
+        for handle in (*self._tracing, *self._leaving.values()):
             handle.remove()
-        self._tracing = []
+        self._tracing, self._leaving = [], {}
         self._watch(False)
         self._stack.clear()
         self.seconds += _INTERCEPTION * self._mode.calls
@@ -69,19 +70,14 @@ class AttentionCalls:
     def attends(self, module: nn.Module) -> None:
         """The module has made scores: watch it from here on."""
         if module not in self._found:
-            self._found[module] = [
-                module.register_forward_pre_hook(_Hook(self, self._enter, self._boundary)),
-                module.register_forward_hook(
-                    _Hook(self, self._leave, self._boundary), always_call=True
-                ),
-            ]
+            hook = _Hook(self, self._enter, self._boundary)
+            self._found[module] = module.register_forward_pre_hook(hook)
 
     def detach(self) -> None:
         """Take the hooks off the model."""
         self.stop()
-        for handles in self._found.values():
-            for handle in handles:
-                handle.remove()
+        for handle in self._found.values():
+            handle.remove()
 
     def _trace(self) -> None:
         """Follow the forward with a stack of its modules."""
@@ -101,9 +97,13 @@ class AttentionCalls:
             self._stack.pop()
 
     def _enter(self, module: nn.Module, args: Any) -> None:
-        if self.live and not self._tracing:
-            self._stack.append(module)
-            self._watch(True)
+        if self._tracing:
+            return
+        if module not in self._leaving:
+            hook = _Hook(self, self._leave, self._boundary)
+            self._leaving[module] = module.register_forward_hook(hook, always_call=True)
+        self._stack.append(module)
+        self._watch(True)
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._stack and self._stack[-1] is module and not self._tracing:
