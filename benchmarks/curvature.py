@@ -244,7 +244,7 @@ def cold_table(load: Loader, k: int, rounds: int, with_peers: bool) -> None:
         most = {"mlp_mse 55k, edge": 30, "mlp_ce 55k": 30, "gpt 0.5M": 57}.get(problem.name)
         if k > 1 and most:
             bars.append((f"products, {problem.name}", max(certified.products), most, False))
-        for rule in ("fast rule", "fast rule, from an eighth", "certified"):
+        for rule in ("fast rule", "certified"):
             if (ours := records.get(f"dyndiag, {rule}")) is None:
                 continue
             if k == 1:
