@@ -79,14 +79,7 @@ def eigenpairs(
     pairs = 2 * k if which == "both" else k
     budget = min(_default_products(pairs) if max_products is None else max_products, operator.size)
     size = effective_size(operator.size, 0.0 if start is None else 1.0)
-    rules = _Rules(
-        k,
-        which,
-        relative_tolerance,
-        certificate_width,
-        needed(size, risk / pairs),
-        needed(size, risk if which in ("largest", "smallest") else risk / 2),
-    )
+    rules = _Rules(k, which, relative_tolerance, certificate_width, size, risk)
     rows, unrestarted = _rows(operator, rules, max_basis, budget), budget + 1
 
     run = Lanczos(operator, _first_vector(operator, start, generator), rows)
@@ -95,15 +88,15 @@ def eigenpairs(
     while True:
         run.extend()
         if not run.finite:
-            return _result(operator, run, rules, moments, risk, Outcome.NOT_FINITE)
+            return _result(operator, run, rules, moments, Outcome.NOT_FINITE)
         moments = [*past, Christoffel.of(run)]
         if _accurate(run, rules) and _certified(run, rules, moments):
             certified = run.complete or not math.isinf(certificate_width)
             outcome = Outcome.CONVERGED if certified else Outcome.PROVISIONAL
-            return _result(operator, run, rules, moments, risk, outcome)
+            return _result(operator, run, rules, moments, outcome)
         if run.products == budget:
             outcome = _missing(_accurate(run, rules), _certified(run, rules, moments))
-            return _result(operator, run, rules, moments, risk, outcome)
+            return _result(operator, run, rules, moments, outcome)
         exhausted = run.exhausted
         if rows < unrestarted and len(run) + 2 > rows:
             values, _ = run.ritz()
@@ -122,11 +115,33 @@ class _Rules:
     which: Which
     relative_tolerance: float
     certificate_width: float
-    need: float
-    """The K that leaves each of the wanted its share of the risk."""
-    need_beyond: float
-    """The K that leaves the whole risk to an eigenvalue beyond all others (or half of it at each
-    end)."""
+    size: float
+    """What the operator's size counts for, given the start."""
+    risk: float
+
+    def need(self, shown: int) -> float:
+        """The K that leaves the outermost hidden eigenvalue, which `shown` of the wanted lie
+        beyond, the chance that is granted to it.
+
+        It is then the one of that rank, so that the chances of all k ranks may add up to the
+        risk. They are (k + 1)/k · risk/(r (r + 1)), r = k − shown: K grows slowest about the last.
+        """
+        rank = self.k - shown
+        granted = (self.k + 1) / self.k * self.risk / (rank * (rank + 1))
+        return needed(self.size, granted / 2 if self.which == "both" else granted)
+
+    def as_far_out(self, mark: float, values: Floats) -> int:
+        """How many of the wanted among `values` are at least as far out as `mark`; all but one at
+        the most. `mark` and `values`: times −1 at the lower end."""
+        reach = np.abs(values) if self.which == "magnitude" else values
+        return min(int(np.sum(reach >= mark)), self.k - 1)
+
+    @property
+    def need_beyond(self) -> float:
+        """The K that leaves the whole risk to an eigenvalue beyond all others (or half of it at
+        each end)."""
+        one_end = self.which in ("largest", "smallest")
+        return needed(self.size, self.risk if one_end else self.risk / 2)
 
     @property
     def pairs(self) -> int:
@@ -206,11 +221,13 @@ def _certified(run: Lanczos, rules: _Rules, moments: list[Christoffel]) -> bool:
                 return False
             continue
         margins -= rounding
-        if not excludes(moments, sign * (marks[-1:] + margins[-1:]), rules.need).all():
+        if not excludes(moments, sign * (marks[-1:] + margins[-1:]), rules.need(0)).all():
             return False
-        for low, high in zip(marks[:-1] + margins[:-1], marks[1:] - margins[1:], strict=True):
+        lows, highs = marks[:-1] + margins[:-1], marks[1:] - margins[1:]
+        for low, high, mark in zip(lows, highs, marks[1:], strict=True):
             points = np.sort(sign * np.linspace(low, high, _POINTS_IN_A_GAP))
-            if low < high and not excludes_between(moments, points, rules.need).all():
+            need = rules.need(rules.as_far_out(mark, sign * shown))
+            if low < high and not excludes_between(moments, points, need).all():
                 return False
     return True
 
@@ -278,7 +295,6 @@ def _result(
     run: Lanczos,
     rules: _Rules,
     moments: list[Christoffel],
-    risk: float,
     outcome: Outcome,
 ) -> Eigenpairs:
     """The reading of the run as it stands; NaN within ±inf where it is too short for k pairs."""
@@ -304,7 +320,7 @@ def _result(
         vectors=vectors,
         error_bounds=torch.from_numpy(bounds),
         products=run.products,
-        risk=risk,
+        risk=rules.risk,
         upper_bound=None if upper is None else float(upper),
         lower_bound=None if lower is None else float(lower),
         outcome=outcome,

@@ -171,7 +171,7 @@ class TestBounds:
         operator = of_diagonal(sign * np.r_[np.linspace(-0.1, 0.1, 97), 2.0, 3.0, 4.0])
         start = torch.ones(100).double()
         start[-2] = 1e-6
-        rules = _Rules(2, which, 1e-3, 0.2, 1e15, 1e15)  # 3 weighs 1e-14: it can be seen
+        rules = _Rules(2, which, 1e-3, 0.2, size=1e14, risk=0.5)  # 3 weighs 1e-14: it is seen
         run, looked_done = Lanczos(operator, start), False
         for _ in range(2):
             run.extend()
