@@ -269,9 +269,10 @@ class Monitor:
             self._keep_loss(step, taken.loss if loss is None else loss)
             state = self._state(step, taken, batch)
             self._sampler.measure_due(state, lambda seen: self._rows.add(step, seen))
-            if state.weights_before is not None:
-                with self._boundary("UpdateRatio"):
-                    self._rows.add(step, self._watch.update_ratio(state))
+            with self._boundary("UpdateRatio"):
+                ratio = self._watch.update_ratio(state)
+                if ratio:
+                    self._rows.add(step, ratio)
             for probe in self._step_probes:
                 tell_notices(probe, self._boundary)
             failed = self._boundary.failed()
