@@ -15,7 +15,7 @@ _Part = tuple[tuple[str, ...], tuple["float | np.ndarray", ...]]
 _CHUNK = 48
 """Values kept together: a tuple of more is no small object to Python, and comes from the memory
 that the training's tensors come from. Held there for some steps it breaks that up, and on a CPU
-the training then has to ask the system for memory anew at every step."""
+the training may then have to ask the system for memory anew at every step."""
 
 
 class Rows:

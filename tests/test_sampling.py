@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import hypothesis.strategies as st
@@ -13,9 +14,11 @@ import pytest
 import torch
 from hypothesis import given
 
+from dyndiag.batches import ForwardCall
 from dyndiag.boundary import Boundary, DyndiagWarning
 from dyndiag.probes.forward import ForwardWatch
 from dyndiag.probes.logits.output import OutputLogits
+from dyndiag.probes.weights.updates import UpdateRatio
 from dyndiag.sampling import Sampler
 from dyndiag.schedule import Every, WithinShare
 from dyndiag.state import Measurements, TrainState
@@ -137,3 +140,37 @@ def test_parameters_frozen_since_are_left_out() -> None:
     assert state.names == names[1:]
     assert state.weights_before is not None
     assert all(a is b for a, b in zip(state.weights_before, copies[1:], strict=True))
+
+
+def test_what_reads_logits_and_weights_pays_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second a step, and 5 ms from each look at the clock to the next."""
+    seconds = 0.0
+
+    def now() -> float:
+        nonlocal seconds
+        seconds += 0.005
+        return seconds
+
+    monkeypatch.setattr("dyndiag.schedule.GRACE", 0.0)
+    for module in ("weights.updates", "logits.output"):
+        monkeypatch.setattr(f"dyndiag.probes.{module}.time", SimpleNamespace(perf_counter=now))
+    model = mlp()
+    parameters = tuple(model.parameters())
+    updates = UpdateRatio([name for name, _ in model.named_parameters()])
+    logits, call = OutputLogits(), ForwardCall()
+    taken = {"updates": 0, "logits": 0}
+    for step in range(44, 1144):
+        seconds += 1.0
+        copies = updates.before(step, parameters)
+        if copies is not None:
+            common: Any = {"model": model, "optimizer": None, "names": ()}
+            updates.measure(
+                TrainState(step=step, parameters=parameters, weights_before=copies, **common)
+            )
+            taken["updates"] += 1
+        logits.started(step)
+        logits.finished(call, torch.randn(3, 4))
+        taken["logits"] += "logits/log_partition" in logits.collect()
+    # 0.03 % and 0.02 % of 1,100 s, at 10 and 5 ms a reading; 100 would be every eleventh step.
+    assert 28 <= taken["updates"] <= 34
+    assert 36 <= taken["logits"] <= 45

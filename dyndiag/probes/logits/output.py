@@ -72,8 +72,8 @@ class OutputLogits:
             highest = logits.max()  # a third quicker than amax, and NaN stays NaN, too
         else:
             highest = logits.amax(dim=-1).masked_fill(~mask, -torch.inf).amax()
-        # On a CPU a tensor of one number, kept amid the training's own, makes its allocator ask
-        # the system for memory anew: 600 page faults a step, a percent of a CNN's time.
+        # On a CPU a tensor of one number, kept amid the training's own, may make its allocator ask
+        # the system for memory anew.
         self._highest.append(highest.item() if highest.is_cpu else highest)
 
     def collect(self) -> Measurements:
