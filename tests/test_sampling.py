@@ -168,7 +168,7 @@ def test_what_reads_logits_and_weights_pays_for_it(monkeypatch: pytest.MonkeyPat
                 TrainState(step=step, parameters=parameters, weights_before=copies, **common)
             )
             taken["updates"] += 1
-        logits.started(step)
+        logits.started(step, model)
         logits.finished(call, torch.randn(3, 4))
         taken["logits"] += "logits/log_partition" in logits.collect()
     # 0.03 % and 0.02 % of 1,100 s, at 10 and 5 ms a reading; 100 would be every eleventh step.

@@ -86,7 +86,7 @@ class Hook:
 class Observer(Protocol):
     """Reads something off a forward pass of the training."""
 
-    def started(self, step: int) -> None: ...
+    def started(self, step: int, outermost: nn.Module) -> None: ...
     def finished(self, call: ForwardCall, output: Any) -> None: ...
     def collect(self) -> Measurements:
         """What was seen since the last call, over all micro-batches."""
@@ -151,7 +151,7 @@ class ForwardWatch:
             self.before()
         self._watching = True
         for observer in self._observers:
-            observer.started(self.step)
+            observer.started(self.step, module)
 
     def _leave(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any

@@ -311,6 +311,22 @@ def test_series_of_a_model(kind: str) -> None:
         assert len(seen) == (2 if step % 11 else 10)
 
 
+@pytest.mark.parametrize("alone", ["the model itself", "a part that is called without the model"])
+def test_an_attending_module_that_is_called_first(alone: str) -> None:
+    """Its own hooks are being run when it is found out whether the forward is followed."""
+    torch.manual_seed(0)
+    layer = Layer("causal")
+    model, name = (layer, "model") if alone == "the model itself" else (nn.Sequential(layer), "0")
+    found = Read(model)
+    for step in range(12):
+        layer(draw(17, 6, 8, seed=step))
+        seen = found.collect()
+        assert set(seen) >= {f"logit_max_sampled/{name}"}
+        assert float(seen[f"logit_max_sampled/{name}"]) == pytest.approx(
+            float(truth(layer.z, 3)["logit_max_sampled"]), rel=1e-12
+        )
+
+
 def test_micro_batches_and_modules_that_are_called_twice() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
@@ -582,6 +598,7 @@ def test_steps_that_are_not_due_intercept_nothing(monkeypatch: pytest.MonkeyPatc
     found.step(tokens)
     assert found.step(tokens)  # the first was paid from the other share
     read = [bool(found.step(tokens)) for _ in range(40)]
+    assert all(hook == (0, 0) for hook in hooks(model)[1:])
     assert sum(read) < 20  # a reading takes a good part of such a step
 
 

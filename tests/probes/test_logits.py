@@ -26,7 +26,7 @@ def read(*outputs: Any, step: int = 0, **given: Any) -> dict[str, Tensor]:
     """What is read off the outputs of a step's forwards."""
     logits = OutputLogits()
     for output in outputs:
-        logits.started(step)
+        logits.started(step, nn.Identity())
         logits.finished(ForwardCall((), given), output)
     seen = logits.collect()
     assert logits.collect() == {}
@@ -260,7 +260,7 @@ def test_softmax_collapses_past_full_accuracy_and_the_sooner_the_fewer_bits(seed
 @pytest.mark.parametrize("order", [(1.0, math.nan, 2.0), (math.nan, 2.0), (2.0, 1.0, math.nan)])
 def test_a_micro_batch_without_a_number_is_not_passed_over(order: tuple[float, ...]) -> None:
     observer = OutputLogits()
-    observer.started(1)
+    observer.started(1, nn.Identity())
     for value in order:
         observer.finished(ForwardCall(), torch.tensor([[value, 0.0]]))
     assert math.isnan(float(observer.collect()["logits/max"]))  # type: ignore[arg-type]

@@ -57,8 +57,7 @@ class AttentionLogits:
 
     Cost of a reading: one product q kᵀ of the sequences taken (a read, where the model holds the
     scores; for `nn.MultiheadAttention` the projections once more), and an exponential for each
-    score of the eighth at every 11th; never more than a block of scores in memory. At the other
-    steps a call of a hook for each module that attends. No host sync.
+    score of the eighth at every 11th; never more than a block of scores in memory. No host sync.
 
     Misleads where a model masks with moderate numbers such as −10,000, which count as scores, and
     where it softmaxes something of four dimensions that is no attention.
@@ -74,7 +73,7 @@ class AttentionLogits:
         self._largest: dict[nn.Module, Tensor] = {}
         self._heads: dict[nn.Module, HeadStatistics] = {}
 
-    def started(self, step: int) -> None:
+    def started(self, step: int, outermost: nn.Module) -> None:
         began = time.perf_counter()
         if not self._begun:  # the step's first forward
             self._begun = True
@@ -82,7 +81,7 @@ class AttentionLogits:
             self._all = self._all_due.due(step, began)
         self._live = self._eighth or self._all
         if self._live:
-            self._calls.follow(whole=self._all)
+            self._calls.follow(outermost, whole=self._all)
             self._calls.seconds += time.perf_counter() - began
 
     def finished(self, call: ForwardCall, output: Any) -> None:
@@ -117,7 +116,7 @@ class AttentionLogits:
 
     def detach(self) -> None:
         """Take the hooks off the model."""
-        self._calls.detach()
+        self._calls.stop()
 
     def _read(
         self, module: nn.Module, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]

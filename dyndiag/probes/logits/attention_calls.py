@@ -29,39 +29,47 @@ class AttentionCalls:
     """Shows the attention calls of forward passes to `read`, with the module that makes them.
 
     A forward that is followed whole tells which modules attend (the innermost that runs when
-    scores are made); in others only these are watched. One hook stays on each, which finds out
-    whether the forward is followed also where the module is called before or without the model.
+    scores are made); in others only these are watched. Hooks are on them only in forwards that are
+    followed: entering Python at each of them in all the others would cost more than the reading.
     """
 
     def __init__(self, model: nn.Module, read: Read, boundary: Boundary) -> None:
-        self._model, self._show, self._boundary = model, read, boundary
+        self._show, self._boundary = read, boundary
         self.names = {module: name or "model" for name, module in model.named_modules()}
-        self.live = False
-        """Whether a forward is being followed."""
+        self._live = False
         self.seconds = 0.0
         """Of the training's thread that this has taken, reading included."""
         compiled = any(is_compiled(module) for module in model.modules())
         self._traces_left = 0 if compiled else _TRACES
-        self._found: dict[nn.Module, RemovableHandle] = {}
-        self._leaving: dict[nn.Module, RemovableHandle] = {}
-        self._tracing: list[Any] = []
+        self._found: dict[nn.Module, None] = {}  # in the order in which they ran
+        self._handles: list[RemovableHandle] = []
+        self._hooks = [Hook(call, "AttentionLogits", boundary) for call in (self._enter, self._leave)]
         self._stack: list[nn.Module] = []
         self._mode = _Intercept(self._read)
         self._watching = False
 
-    def follow(self, whole: bool) -> None:
-        """A forward begins."""
-        self.live = True
+    def follow(self, outermost: nn.Module, whole: bool) -> None:
+        """A forward begins: this module's, whose own pre-hooks are running."""
+        self._live = True
         if (whole and self._found) or (self._traces_left and not self._found):
             self._traces_left -= not self._found
-            self._trace()
+            self._trace(outermost)
+            return
+        enter, leave = self._hooks
+        for module in self._found:
+            self._handles += [
+                module.register_forward_pre_hook(enter),
+                module.register_forward_hook(leave, always_call=True),
+            ]
+        if outermost in self._found:
+            self._enter(outermost, ())
 
     def stop(self) -> None:
         """The forward has ended, or failed."""
-        self.live = False
-        for handle in (*self._tracing, *self._leaving.values()):
+        self._live = False
+        for handle in self._handles:
             handle.remove()
-        self._tracing, self._leaving = [], {}
+        self._handles = []
         self._watch(False)
         self._stack.clear()
         self.seconds += _INTERCEPTION * self._mode.calls
@@ -69,21 +77,13 @@ class AttentionCalls:
 
     def attends(self, module: nn.Module) -> None:
         """The module has made scores: watch it from here on."""
-        if module not in self._found:
-            hook = _Hook(self, self._enter, self._boundary)
-            self._found[module] = module.register_forward_pre_hook(hook)
+        self._found[module] = None
 
-    def detach(self) -> None:
-        """Take the hooks off the model."""
-        self.stop()
-        for handle in self._found.values():
-            handle.remove()
-
-    def _trace(self) -> None:
+    def _trace(self, outermost: nn.Module) -> None:
         """Follow the forward with a stack of its modules."""
-        self._stack.append(self._model)  # whose own pre-hooks have run
+        self._stack.append(outermost)
         module_hooks = torch.nn.modules.module
-        self._tracing = [
+        self._handles += [
             module_hooks.register_module_forward_pre_hook(self._push),
             module_hooks.register_module_forward_hook(self._pop, always_call=True),
         ]
@@ -97,16 +97,11 @@ class AttentionCalls:
             self._stack.pop()
 
     def _enter(self, module: nn.Module, args: Any) -> None:
-        if self._tracing:
-            return
-        if module not in self._leaving:
-            hook = _Hook(self, self._leave, self._boundary)
-            self._leaving[module] = module.register_forward_hook(hook, always_call=True)
         self._stack.append(module)
         self._watch(True)
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self._stack and self._stack[-1] is module and not self._tracing:
+        if self._stack and self._stack[-1] is module:
             self._stack.pop()
             self._watch(bool(self._stack))
 
@@ -122,26 +117,12 @@ class AttentionCalls:
 
     def _read(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         module = self._stack[-1] if self._stack else None
-        if not self.live or module is None or module not in self.names or not undisturbed():
+        if not self._live or module is None or module not in self.names or not undisturbed():
             return
         began = time.perf_counter()
         with self._boundary("AttentionLogits"):
             self._show(module, func, args, kwargs)
         self.seconds += time.perf_counter() - began
-
-
-class _Hook(Hook):
-    """A hook that does as good as nothing in forwards that are not followed."""
-
-    def __init__(
-        self, calls: AttentionCalls, call: Callable[..., None], boundary: Boundary
-    ) -> None:
-        super().__init__(call, "AttentionLogits", boundary)
-        self._calls = calls
-
-    def __call__(self, *args: Any) -> None:
-        if not torch.compiler.is_compiling() and self._calls.live:
-            super().__call__(*args)
 
 
 class _Intercept(TorchFunctionMode):

@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dyndiag.batches import ForwardCall, loss_of
 from dyndiag.probes.forward import logits_of, visible
@@ -53,7 +53,7 @@ class OutputLogits:
         self._gap: Tensor | None = None
         self._sums: dict[str, tuple[Tensor, Tensor | float]] = {}
 
-    def started(self, step: int) -> None:
+    def started(self, step: int, outermost: nn.Module) -> None:
         if not self._begun:  # the step's first forward
             self._begun = True
             self._all = self._all_due.due(step, time.perf_counter())
