@@ -31,7 +31,7 @@ class MicroBatches:
     def __post_init__(self) -> None:
         if not self.weights:
             count = len(self.batches)
-            object.__setattr__(self, "weights", tuple(1 / count for _ in self.batches))
+            object.__setattr__(self, "weights", (1 / max(1, count),) * count)
 
     def loss(self, loss_fn: LossFunction, model: nn.Module) -> Tensor:
         """The step's loss, a scalar with its graph: Σ weight · loss_fn(model, batch)."""
@@ -89,6 +89,8 @@ def own_loss(model: nn.Module, batch: Batch) -> Tensor:
 
 def loss_of(output: Any) -> Tensor | None:
     """An output's own loss, by attribute or by key; None if it has none."""
+    if isinstance(output, Tensor):
+        return None
     loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     return loss if isinstance(loss, Tensor) and loss.numel() == 1 else None
 

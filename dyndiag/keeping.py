@@ -60,9 +60,9 @@ class Keeper:
             self._writer.write(
                 [row for row, _ in self._waiting],
                 [event for _, events in self._waiting for event in events],
+                metadata,
             )
             written, self._waiting = self._waiting, []
-            self._writer.write_metadata(metadata)
             self._show(written)
         return len(self._waiting)
 

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from dyndiag.batches import (
     Batch,
     LossFunction,
+    MicroBatches,
     as_micro_batches,
     check_scalar_loss,
     copy_batch,
@@ -41,7 +42,7 @@ from dyndiag.state import Measurements, Task, TrainState, Value
 from dyndiag.values import Event
 
 _FLUSH_SECONDS = 1.0
-_LOOK_AGAIN = 11  # steps; looking at every parameter takes a while in a large model
+_LOOK_AGAIN = 33  # steps; looking at every parameter takes a while
 _LONG_SKIPPED = 50  # steps; a loss scaler finds its scale within some twenty
 
 
@@ -92,7 +93,10 @@ class Monitor:
         self._continual, sampled = sampled_probes(budget)
         check_probes(probes, sampled)
         self._model, self._optimizer, self._loss_fn = model, optimizer, loss_fn
-        self._probe = None if probe_batch is None else copy_batch(as_micro_batches(probe_batch))
+        self._probe: MicroBatches | None = None
+        self._described: dict[str, Any] | None = None  # in words
+        if probe_batch is not None:
+            self._measure_on(as_micro_batches(probe_batch))
         self._boundary = Boundary()
         self._keeper = Keeper(Path(run), first_step, self._boundary, on_event, tensorboard)
         self._first = self._next = self._keeper.next_step
@@ -142,7 +146,7 @@ class Monitor:
             return
         taken = self._watch.take()
         if taken is None and not self._user_steps and self._next > self._first:
-            self._keep_loss(self._next - 1, loss)  # a second forward had ended the first step
+            self._rows.add(self._next - 1, self._loss(loss))  # ended by a second forward
         else:
             self._finish(taken or Step(seen={"train/skipped": 1.0}), loss, batch)
         self._user_steps = True
@@ -195,7 +199,8 @@ class Monitor:
         atexit.unregister(self._at_exit)
         self._training_goes_on(optimizer_steps=True)
         self._watch.detach()
-        self._keep_recorded(max(self._next - 1, self._first))
+        if self._recorded:
+            self._keep_recorded(max(self._next - 1, self._first))
         metadata = self._progress() | {"finished": now()}
         missing = self._keeper.keep(self._rows.to_host(), metadata)
         if missing:
@@ -264,15 +269,16 @@ class Monitor:
                 "now, close this monitor and make one with it and the same run=",
             )
         with self._boundary("Monitor"):
-            self._rows.add(step, taken.seen | _rates(taken.learning_rates))
-            self._keep_recorded(step)
-            self._keep_loss(step, taken.loss if loss is None else loss)
+            seen = taken.seen | _rates(taken.learning_rates)
+            seen |= self._loss(taken.loss if loss is None else loss)
+            self._rows.add(step, seen)
+            if self._recorded:
+                self._keep_recorded(step)
             state = self._state(step, taken, batch)
             self._sampler.measure_due(state, lambda seen: self._rows.add(step, seen))
-            with self._boundary("UpdateRatio"):
-                ratio = self._watch.update_ratio(state)
-                if ratio:
-                    self._rows.add(step, ratio)
+            if taken.weights_before is not None:
+                with self._boundary("UpdateRatio"):
+                    self._rows.add(step, self._watch.update_ratio(state))
             for probe in self._step_probes:
                 tell_notices(probe, self._boundary)
             failed = self._boundary.failed()
@@ -286,17 +292,17 @@ class Monitor:
 
     def _keep_recorded(self, step: int) -> None:
         recorded, self._recorded = self._recorded, {}
-        if recorded:
-            with self._boundary("record"):
-                self._rows.add(step, recorded)
+        with self._boundary("record"):
+            self._rows.add(step, recorded)
 
-    def _keep_loss(self, step: int, loss: Tensor | float | None) -> None:
+    def _loss(self, loss: Tensor | float | None) -> Measurements:
         if loss is not None:
             with self._boundary("train/loss"):
                 if isinstance(loss, Tensor):
                     check_scalar_loss(loss)
-                    loss = loss.detach() if loss.dim() == 0 else loss.detach().reshape(())
-                self._rows.add(step, {"train/loss": loss})
+                    return {"train/loss": loss.detach().reshape(())}
+                return {"train/loss": float(loss)}
+        return {}
 
     def _state(self, step: int, taken: Step, batch: Batch) -> TrainState:
         loss_fn: LossFunction | None = self._loss_fn
@@ -308,10 +314,12 @@ class Monitor:
             loss_fn = own_loss if self._own_loss else None
         if self._probe is None and training is not None and not self._boundary.failures["Batch"]:
             with self._boundary("Batch"):
-                self._probe = copy_batch(training)
+                self._measure_on(training)
         if loss_fn is None or self._probe is None:
             self._boundary.tell("Monitor", _no_curvature(loss_fn))
-        rates = learning_rates(self._optimizer)  # of a skipped step, and of groups added since it
+        rates = taken.learning_rates
+        if len(rates) < len(self._optimizer.param_groups):  # skipped, or groups were added since
+            rates += learning_rates(self._optimizer)[len(rates) :]
         return TrainState(
             step=step,
             model=self._model,
@@ -321,10 +329,14 @@ class Monitor:
             loss_fn=loss_fn,
             probe=self._probe,
             batch=training,
-            learning_rates=taken.learning_rates + rates[len(taken.learning_rates) :],
+            learning_rates=rates,
             weights_before=taken.weights_before,
             clip_coefficients=taken.clip_coefficients,
         )
+
+    def _measure_on(self, batch: MicroBatches) -> None:
+        self._probe = copy_batch(batch)
+        self._described = describe_batch(self._probe)
 
     def _progress(self) -> dict[str, Any]:
         return {
@@ -333,7 +345,7 @@ class Monitor:
             "notices": self._boundary.notices,
             "tasks": list(self._task_starts),
             "task_starts": self._task_starts,
-            "probe_batch": None if self._probe is None else describe_batch(self._probe),
+            "probe_batch": self._described,
         }
 
 
@@ -344,12 +356,12 @@ def _close(alive: weakref.ref[Monitor]) -> None:
 
 
 def _rates(rates: tuple[float, ...]) -> Measurements:
-    found: Measurements = {}
-    if rates:
-        found["train/learning_rate"] = rates[0]
+    if len(rates) == 1:
+        return {"train/learning_rate": rates[0]} if rates[0] == rates[0] else {}  # NaN: none
+    found: Measurements = {"train/learning_rate": rates[0]} if rates else {}
     if len(set(rates)) > 1:
         found |= {f"train/learning_rate/{i}": rate for i, rate in enumerate(rates)}
-    return {name: rate for name, rate in found.items() if rate == rate}  # NaN: it has none
+    return {name: rate for name, rate in found.items() if rate == rate}
 
 
 def _no_curvature(loss_fn: LossFunction | None) -> str:

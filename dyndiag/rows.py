@@ -35,7 +35,9 @@ class Rows:
         row: dict[str, float | np.ndarray] = {}
         for name, value in measurements.items():
             names = (name,) if isinstance(name, str) else name
-            if isinstance(value, Estimate):
+            if isinstance(value, list):
+                _append(parts, names, tuple(value))
+            elif isinstance(value, Estimate):
                 row |= value.columns(names[0])
             elif isinstance(value, np.ndarray) and value.ndim > 0:
                 row[names[0]] = value.copy()
@@ -49,10 +51,7 @@ class Rows:
                 row[names[0]] = float(value.item())
             else:
                 row.update(zip(names, value.detach().double().tolist(), strict=True))
-        known, values = tuple(row), tuple(row.values())
-        for first in range(0, len(known), _CHUNK):
-            chunk = slice(first, first + _CHUNK)
-            parts.append((known[chunk], values[chunk]))
+        _append(parts, tuple(row), tuple(row.values()))
 
     def to_host(self) -> list[Row]:
         """All rows in step order, and forget them. One copy from each device, and one an array."""
@@ -77,3 +76,11 @@ class Rows:
             rows[step][name] = array.cpu().numpy()
         self._rows, self._waiting, self._arrays = {}, [], []
         return list(rows.items())
+
+
+def _append(
+    parts: list[_Part], names: tuple[str, ...], values: tuple[float | np.ndarray, ...]
+) -> None:
+    for first in range(0, len(names), _CHUNK):
+        chunk = slice(first, first + _CHUNK)
+        parts.append((names[chunk], values[chunk]))

@@ -13,10 +13,10 @@ from dyndiag.batches import Batch, LossFunction, MicroBatches
 from dyndiag.values import Estimate
 
 Value = Tensor | Estimate | np.ndarray | float
-Measurements = dict[str | tuple[str, ...], Value]
+Measurements = dict[str | tuple[str, ...], Value | list[float]]
 """Series name → value: a 0-d tensor (left on its device until the flush), a number or an
 estimate; a tensor with more dimensions is kept as an array. A tuple of names goes with one
-1-d tensor that holds their values in order."""
+1-d tensor, or a list, that holds their values in order."""
 
 
 @dataclass(frozen=True)

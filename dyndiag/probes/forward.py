@@ -236,12 +236,13 @@ def logits_of(output: Any) -> Tensor | None:
     A floating tensor with two or three dimensions (positions × classes) and more than one class:
     the output itself, its `.logits`, or the first such tensor of a tuple.
     """
-    if isinstance(output, Mapping):
-        output = output.get("logits")
-    elif not isinstance(output, Tensor) and hasattr(output, "logits"):
-        output = output.logits
-    if isinstance(output, tuple | list):
-        output = next((item for item in output if _are_logits(item)), None)
+    if not isinstance(output, Tensor):
+        if isinstance(output, Mapping):
+            output = output.get("logits")
+        elif hasattr(output, "logits"):
+            output = output.logits
+        if isinstance(output, tuple | list):
+            output = next((item for item in output if _are_logits(item)), None)
     return output if _are_logits(output) else None
 
 

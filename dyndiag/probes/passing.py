@@ -51,7 +51,8 @@ class PassingStep:
     """What a fused optimizer divides the gradients by; else None."""
 
     @cached_property
-    def _grads(self) -> list[Tensor | None]:
+    def held(self) -> list[Tensor | None]:
+        """`.grad` of each parameter."""
         return [p.grad for p in self.parameters]  # each access makes a Python object: once
 
     @cached_property
@@ -61,26 +62,26 @@ class PassingStep:
         Not to be changed or kept: they are the training's own, unless `scale` is set.
         """
         if self.scale is None:
-            return self._grads
+            return self.held
         scale = self.scale
-        return [None if g is None else g / scale.to(g.device, g.dtype) for g in self._grads]
+        return [None if g is None else g / scale.to(g.device, g.dtype) for g in self.held]
 
     @cached_property
     def present(self) -> tuple[bool, ...]:
         """Which parameters have a gradient."""
-        return tuple([grad is not None for grad in self._grads])
+        return tuple([grad is not None for grad in self.held])
 
     @cached_property
     def norms_on_host(self) -> list[float] | None:
         """‖g‖₂ of each parameter, NaN without a gradient; None where a device had to be asked."""
-        return None if self.scale is not None else norms_on_host(self._grads)
+        return None if self.scale is not None else norms_on_host(self.held)
 
     @cached_property
     def gradient_norms(self) -> Tensor:
         """‖g‖₂ of each parameter's `gradients`, (parameters,), float64; NaN without a gradient."""
         if self.norms_on_host is not None:
             return torch.tensor(self.norms_on_host, dtype=torch.float64)
-        found = norms(self._grads)
+        found = norms(self.held)
         return found if self.scale is None else found / self.scale.to(found.device)
 
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,8 +32,6 @@ from dyndiag.sinks.density import Axes, axes_for, draw
 from dyndiag.sinks.layout import EDGE, EDGE_RATIO, PRECONDITIONED, SHARPNESS, layout, margins
 from dyndiag.sinks.records import record
 from dyndiag.values import Event
-
-Tagged: TypeAlias = Iterator[tuple[str, float]]
 
 _MARGINS = (SHARPNESS, PRECONDITIONED)
 _DENSITY = "curvature/density"
@@ -99,7 +97,7 @@ class TensorBoard:
             page.metadata.CopyFrom(custom_scalars.create_summary_metadata())
             self._add(Record(wall_time=now, step=step, summary=Summary(value=[page])))
 
-        self._add(self._scalars(now, step, dict(_tagged(values))))
+        self._add(self._scalars(now, step, _tagged(values)))
 
         for event in events:
             if self._told.get(event.name) != (event.peak, event.end):
@@ -150,14 +148,15 @@ class TensorBoard:
         self._waiting += record(message.SerializeToString())
 
 
-def _tagged(values: Mapping[str, float | NDArray[Any]]) -> Tagged:
+def _tagged(values: Mapping[str, float | NDArray[Any]]) -> Mapping[str, float]:
     """What goes under which tag."""
     plain, estimates = _kinds(tuple(values))
-    for name in plain:
-        value = values[name]
-        if not isinstance(value, np.ndarray):
-            yield name, value
-    for name in estimates:
+    scalars = {n: v for n in plain if not isinstance(v := values[n], np.ndarray)}
+    return scalars | dict(_of_estimates(estimates, values)) if estimates else scalars
+
+
+def _of_estimates(names: Iterable[str], values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    for name in names:
         numbers = {part: float(values.get(f"{name}.{part}", math.nan)) for part in _PARTS}
         value = float(values[name])
         if not (numbers["converged"] or numbers["provisional"]):

@@ -8,7 +8,7 @@ import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import lru_cache
-from itertools import groupby
+from itertools import chain, groupby
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, TypeAlias, cast
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dyndiag.errors import DyndiagError
-from dyndiag.store.cells import Cell, array_cells, cell, event_cells, to_json
+from dyndiag.store.cells import Cell, array_cells, event_cells, scalar_cells, to_json
 from dyndiag.store.disks import DATABASE, LOCK, journal_mode, told
 from dyndiag.store.places import Place, place, quoted, read_places, tables
 from dyndiag.store.schema import upgrade
@@ -72,20 +72,28 @@ class Writer:
             self._note_restart()
             self._opened = opened.pop_all()
 
-    def write(self, rows: Sequence[Row], events: Iterable[Event] = ()) -> None:
-        """Keep rows and events, all or none.
+    def write(
+        self,
+        rows: Sequence[Row],
+        events: Iterable[Event] = (),
+        metadata: Mapping[str, object] | None = None,
+    ) -> None:
+        """Keep rows, events and metadata, all or none.
 
-        A value replaces that of the same step and series, an event that of the same name. For
+        A value replaces that of the same step and series, an event that of the same name, and
+        metadata, which JSON must be able to hold, that of the same key. For
         30 values about 10 to 15 µs a row where many are written at once, 35 to 70 µs where each
         is a write of its own (one stream or six).
         """
         scalars, arrays = _parted(rows)
+        facts = [(key, to_json(value)) for key, value in (metadata or {}).items()]
         with self._transaction() as db:
-            self._make_room(dict.fromkeys(name for _, values in scalars for name in values))
+            self._make_room(dict.fromkeys(chain.from_iterable(values for _, values in scalars)))
             for statement, cells in _upserts(scalars, self._places):
                 db.executemany(statement, cells)
             db.executemany(_UPSERT_ARRAY, arrays)
             db.executemany(_UPSERT_EVENT, map(event_cells, events))
+            db.executemany(_UPSERT_METADATA, facts)
 
     def replace_events(self, events: Iterable[Event]) -> None:
         """Keep these events and no others."""
@@ -95,9 +103,7 @@ class Writer:
 
     def write_metadata(self, metadata: Mapping[str, object]) -> None:
         """Set these keys, to values that JSON can hold; the others stay as they are."""
-        cells = [(key, to_json(value)) for key, value in metadata.items()]
-        with self._transaction() as db:
-            db.executemany(_UPSERT_METADATA, cells)
+        self.write([], metadata=metadata)
 
     def close(self) -> None:
         """Leave one plain file. Closing twice is allowed; a fork's closing does nothing."""
@@ -232,9 +238,9 @@ def _parted(rows: Sequence[Row]) -> tuple[list[_Scalars], list[tuple[object, ...
     scalars: list[_Scalars] = []
     arrays: list[tuple[object, ...]] = []
     for step, values in rows:
-        held = {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
-        arrays += [array_cells(name, int(step), array) for name, array in held.items()]
-        if held:
+        if {*map(type, values.values())} != {float}:  # seldom, and looking at each takes longer
+            held = {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
+            arrays += [array_cells(name, int(step), array) for name, array in held.items()]
             values = {name: value for name, value in values.items() if name not in held}
         scalars.append((int(step), cast("Mapping[str, float]", values)))
     return scalars, arrays
@@ -250,7 +256,7 @@ def _upserts(
         names = tuple(values)
         if names not in plans:
             plans[names] = _plan(tuple(places[name] for name in names))
-        cells = [step, *map(cell, values.values())]
+        cells = [step, *scalar_cells(values.values())]
         for table, statement, pick in plans[names]:
             queues.setdefault(table, []).append((statement, pick(cells)))
     for queue in queues.values():

@@ -144,6 +144,21 @@ def test_fewer_micro_batches_at_the_end_of_an_epoch_are_no_clipping() -> None:
         assert "gradients/norm" in row and "gradients/norm_clipped" not in row
 
 
+def test_more_micro_batches_from_some_step_on_cost_one_norm_at_most() -> None:
+    """Where all steps were alike no hook is left that would count the backward passes."""
+    w = Watched(model := mlp(), torch.optim.SGD(model.parameters(), lr=0.1))
+    for step in range(40):
+        for _ in range(3 if step >= 20 else 1):
+            cross_entropy(model, batches("mlp", 1)[0]).backward()
+        w.optimizer.step()
+        w.optimizer.zero_grad()
+        row = w.row()
+        assert ("gradients/norm" in row) == (step != 20)
+        assert ("gradients/norm_clipped" in row) == (step == 20)
+        hooks = [p for p in model.parameters() if p._post_accumulate_grad_hooks]
+        assert bool(hooks) == (not 15 <= step < 20)
+
+
 def test_the_only_parameter_is_seen_clipped() -> None:
     model = nn.ParameterList([torch.ones(4)])
     w = Watched(model, torch.optim.SGD(model.parameters(), lr=0.1))

@@ -17,7 +17,7 @@ from dyndiag.probes.passing import PassingStep
 from dyndiag.state import Measurements
 
 _WATCH_ALL = 16
-"""Steps: a loop that has not clipped by then does not, and one parameter is watched from there."""
+"""Steps: a loop that has not clipped by then does not, and is watched by less from there."""
 
 _SHARE_OF = 100
 """Steps."""
@@ -53,7 +53,11 @@ class GradientNorm:
         self._all_names = ("gradients/norm", *(f"gradients/norm/{m}" for m in self._norms.modules))
         self._steps, self._changes, self._alike = 0, 0, False
         self._watched = _few_small(parameters)
+        position = {id(p): i for i, p in enumerate(parameters)}
+        self._positions = [position[id(p)] for p in self._watched]
         self._seen: dict[int, tuple[int, Tensor | None]] = {}
+        self._versions: set[int] = set()
+        """That the first watched gradient had after the backward passes of the first steps."""
         self._hook = Hook(self._accumulated, self.name, boundary)
         self._handles: list[RemovableHandle] = []
         self._comparable = True
@@ -65,8 +69,10 @@ class GradientNorm:
     def _watch(self, all_of_them: bool) -> None:
         self.detach()
         self._watches_all = all_of_them
-        watched = self._watched if all_of_them else self._watched[:1]
-        self._handles = [p.register_post_accumulate_grad_hook(self._hook) for p in watched]
+        count = len(self._watched) if all_of_them else int(len(self._versions) > 1)
+        self._handles = [
+            p.register_post_accumulate_grad_hook(self._hook) for p in self._watched[:count]
+        ]
 
     def _accumulated(self, parameter: Tensor) -> None:
         grad = parameter.grad
@@ -86,14 +92,14 @@ class GradientNorm:
         if not any(step.present):
             return {}
         self._steps += 1
-        changed = self._changed()
-        shrunk = self._shrunk() if changed else []
+        grads = [step.held[i] for i in self._positions]
+        changed = self._changed(grads)
+        shrunk = self._shrunk(grads) if changed else []
         self._seen.clear()
         if self._steps == _WATCH_ALL and not self._changes and not changed and self._comparable:
             self._watch(all_of_them=False)
         if not changed and step.norms_on_host is not None and all(step.present):
-            norms_on_host = self._norms.on_host(step.norms_on_host)
-            return dict(zip(self._all_names, norms_on_host, strict=True))
+            return {self._all_names: self._norms.on_host(step.norms_on_host)}
         norms = self._norms.squares(step.gradient_norms, step.present).sqrt_()
         if not changed:
             return self._series(norms, step.present)
@@ -138,15 +144,17 @@ class GradientNorm:
         names = ("gradients/norm", *(f"gradients/norm/{self._norms.modules[i - 1]}" for i in kept))
         return {names: norms[[0, *kept]]}
 
-    def _changed(self) -> bool:
+    def _changed(self, grads: Sequence[Tensor | None]) -> bool:
         """Whether a watched gradient was changed in place after the backward pass.
 
         Each accumulation moves a gradient's version alike, so where one parameter is watched the
-        others' versions are held against its own. Whether that holds here is seen beforehand.
+        others' versions are held against its own; and where that was the same at each of the first
+        steps, none need be watched. Whether these hold here is seen beforehand. (A later step of
+        more micro-batches looks changed then, once.)
         """
-        grads = [p.grad for p in self._watched]
         if not self._watches_all:
-            version, _ = self._seen.get(id(self._watched[0]), (sys.maxsize, None))
+            unseen = sys.maxsize if self._handles else max(self._versions)
+            version, _ = self._seen.get(id(self._watched[0]), (unseen, None))
             return any(grad is not None and grad._version > version for grad in grads)
         here = [
             (grad._version, self._seen[id(p)][0])
@@ -155,14 +163,18 @@ class GradientNorm:
         ]
         first = self._seen.get(id(self._watched[0]))
         self._comparable &= first is not None and all(after <= first[0] for _, after in here)
+        if first is not None:
+            self._versions.add(first[0])
         return any(now != after for now, after in here)
 
-    def _shrunk(self) -> list[Tensor]:
+    def _shrunk(self, grads: Sequence[Tensor | None]) -> list[Tensor]:
         """Norm now over norm after the backward pass, of each watched gradient that was copied."""
         norm = partial(torch.linalg.vector_norm, dtype=torch.float64)
-        seen = [(p.grad, self._seen[id(p)][1]) for p in self._watched if id(p) in self._seen]
+        copies = [self._seen.get(id(p), (0, None))[1] for p in self._watched]
         return [
-            norm(grad) / norm(copy) for grad, copy in seen if grad is not None and copy is not None
+            norm(grad) / norm(copy)
+            for grad, copy in zip(grads, copies, strict=True)
+            if grad is not None and copy is not None
         ]
 
 

@@ -51,8 +51,8 @@ class AttentionLogits:
     kernels of other packages, compiled modules, and what runs under selective checkpointing.
 
     When: as said in the first 500 steps. From there on the eighth at every step as long as that
-    takes at most 0.03 % of the time, else at odd intervals; the rest at every 11th step, or at odd
-    multiples, within 0.02 %. (Or in 0.25 s each, if that is more, spread over the logarithm of
+    takes at most 0.02 % of the time, else at odd intervals; the rest at every 11th step, or at odd
+    multiples, within 0.01 %. (Or in 0.25 s each, if that is more, spread over the logarithm of
     time.) What counts is the time of the training's thread: on an accelerator that of the launches.
 
     Cost of a reading: one product q kᵀ of the sequences taken (a read, where the model holds the
@@ -66,8 +66,8 @@ class AttentionLogits:
     def __init__(self, model: nn.Module, boundary: Boundary = unguarded) -> None:
         self._boundary = boundary
         self._calls = AttentionCalls(model, self._read, boundary)
-        self._eighth_due = WithinShare(0.0003)
-        self._all_due = WithinShare(0.0002, Every(11))
+        self._eighth_due = WithinShare(0.0002)
+        self._all_due = WithinShare(0.0001, Every(11))
         self._eighth = self._all = self._live = self._begun = False
         self._waiting: list[_Call] = []
         self._largest: dict[nn.Module, Tensor] = {}

@@ -43,7 +43,8 @@ class AttentionCalls:
         self._traces_left = 0 if compiled else _TRACES
         self._found: dict[nn.Module, None] = {}  # in the order in which they ran
         self._handles: list[RemovableHandle] = []
-        self._hooks = [Hook(call, "AttentionLogits", boundary) for call in (self._enter, self._leave)]
+        calls = (self._enter, self._leave)
+        self._hooks = [Hook(call, "AttentionLogits", boundary) for call in calls]
         self._stack: list[nn.Module] = []
         self._mode = _Intercept(self._read)
         self._watching = False

@@ -20,7 +20,7 @@ class OutputLogits:
 
     - `logits/max`, at every step: the largest.
 
-    At every 11th step, and after 500 steps there or at odd multiples, within 0.02 % of the time
+    At every 11th step, and after 500 steps there or at odd multiples, within 0.01 % of the time
     of the training's thread:
 
     - `logits/log_partition`: mean of ln Z = ln Σ e^y. It drifts where output logits diverge while
@@ -47,7 +47,7 @@ class OutputLogits:
     """
 
     def __init__(self) -> None:
-        self._all_due = WithinShare(0.0002, Every(11))
+        self._all_due = WithinShare(0.0001, Every(11))
         self._all = self._begun = False
         self._highest: list[Tensor | float] = []
         self._gap: Tensor | None = None

@@ -19,14 +19,14 @@ class UpdateRatio:
 
     The true change of the weights, decay included. NaN where the weights were zero.
     When: at every step of the first 44, where Adam-like optimizers may overshoot, then at every
-    11th, and after 500 steps there or at odd multiples, within 0.03 % of the time.
+    11th, and after 500 steps there or at odd multiples, within 0.01 % of the time.
     Cost: a copy of the weights and two reads of them; no host sync.
     """
 
     name = "UpdateRatio"
 
     def __init__(self, names: Sequence[str]) -> None:
-        self._due = WithinShare(0.0003, Every(11, dense_until=44))
+        self._due = WithinShare(0.0001, Every(11, dense_until=44))
         self._norms = ModuleNorms(names)
         self._seconds = 0.0
 
