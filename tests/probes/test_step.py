@@ -144,6 +144,54 @@ def test_fewer_micro_batches_at_the_end_of_an_epoch_are_no_clipping() -> None:
         assert "gradients/norm" in row and "gradients/norm_clipped" not in row
 
 
+def hooked(model: nn.Module) -> int:
+    return sum(bool(p._post_accumulate_grad_hooks) for p in model.parameters())
+
+
+def test_a_loop_that_clips_by_norm_is_watched_by_one_parameter() -> None:
+    """Until it does something else, which is noticed within 101 clipped steps."""
+    w = Watched(model := mlp(), torch.optim.SGD(model.parameters(), lr=0.1))
+    for step in range(130):
+        cross_entropy(model, batches("mlp", 1)[0]).backward()
+        before = nn.utils.get_total_norm([p.grad for p in model.parameters()]).item()
+        if step < 60:
+            nn.utils.clip_grad_norm_(model.parameters(), before / 3)
+        else:
+            nn.utils.clip_grad_norm_(model[0].parameters(), before / 30)
+        w.optimizer.step()
+        w.optimizer.zero_grad()
+        row = w.row()
+        assert hooked(model) == (1 if 15 <= step < 100 else 4)
+        assert row["gradients/norm_clipped"] < 0.99 * before
+        if step < 60:
+            assert row["gradients/norm"] == pytest.approx(before, rel=1e-5)
+            assert row["gradients/clip_coefficient"] == pytest.approx(1 / 3, rel=1e-4)
+        assert ("gradients/norm" in row) == (step < 101)
+
+
+def test_the_one_watched_parameter_may_miss_a_gradient() -> None:
+    w = Watched(model := mlp(), torch.optim.SGD(model.parameters(), lr=0.1))
+    for step in range(24):
+        cross_entropy(model, batches("mlp", 1)[0]).backward()
+        if step == 20:
+            for p in model[0].parameters():
+                p.grad = None
+        before = nn.utils.get_total_norm(
+            [p.grad for p in model.parameters() if p.grad is not None]
+        ).item()
+        if step == 22:
+            for p in model.parameters():
+                p.grad.zero_()
+        nn.utils.clip_grad_norm_(model.parameters(), before / 3)
+        w.optimizer.step()
+        w.optimizer.zero_grad()
+        row = w.row()
+        if step < 22:
+            assert row["gradients/norm_clipped"] == pytest.approx(before / 3, rel=1e-4)
+        assert ("gradients/norm" in row) == (step not in (20, 22))
+        assert row.get("gradients/norm", before) == pytest.approx(before, rel=1e-4)
+
+
 def test_more_micro_batches_from_some_step_on_cost_one_norm_at_most() -> None:
     """Where all steps were alike no hook is left that would count the backward passes."""
     w = Watched(model := mlp(), torch.optim.SGD(model.parameters(), lr=0.1))
@@ -155,8 +203,7 @@ def test_more_micro_batches_from_some_step_on_cost_one_norm_at_most() -> None:
         row = w.row()
         assert ("gradients/norm" in row) == (step != 20)
         assert ("gradients/norm_clipped" in row) == (step == 20)
-        hooks = [p for p in model.parameters() if p._post_accumulate_grad_hooks]
-        assert bool(hooks) == (not 15 <= step < 20)
+        assert hooked(model) == (0 if 15 <= step < 20 else 4)
 
 
 def test_the_only_parameter_is_seen_clipped() -> None:
