@@ -3,14 +3,15 @@
     OMP_NUM_THREADS=1 python benchmarks/overhead.py
 
 A GPT of about 1 M parameters on batches of 16 × 64 tokens, and a residual CNN of 0.6 M on 64
-images of 32 × 32. Steps with and without the monitor alternate in blocks, so that a slow machine is
-slow for both. The always-on part is measured with a budget too small for any sampled probe, in
-several processes; the sampled part as its share of training time over a run.
+images of 32 × 32. The always-on part is measured with a budget too small for any sampled probe, in
+several processes: `--measure own`, the processor time of the monitor's own calls, or `paired`, the
+time of steps with it less that of steps without. The sampled part as its share of training time.
 """
 
 from __future__ import annotations
 
 import argparse
+import random
 import statistics
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +28,7 @@ from torch import nn
 import dyndiag
 from dyndiag import schedule
 from dyndiag.demos.spike import CharacterModel, next_character
+from dyndiag.probes.forward import Hook
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 Loss = Callable[[nn.Module, Batch], torch.Tensor]
@@ -97,19 +100,23 @@ def hook_tables(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[dict
     return tables
 
 
-def toggled_ratio(name: str, pairs: int) -> float:
-    """One training, watched in every other block: the monitor's hooks are off in between. Nothing
-    but the monitor differs, and its tensors lie where they lie."""
+def paired_ratio(name: str, pairs: int) -> float:
+    """Two steps on each batch, one of them watched, in random order: for the other the monitor's
+    hooks are off. Nothing but the monitor differs, and its tensors lie where they lie.
+
+    The mean difference, without its upper and its lower tenth, over the mean of what is unwatched.
+    """
     schedule.GRACE = 0.0  # without it the first two seconds of samples would be in here
     model, optimizer, batches, loss_fn = PROBLEMS[name]()
+    order = random.Random(0)
     with tempfile.TemporaryDirectory() as folder:
         monitor = dyndiag.Monitor(model, optimizer, loss_fn, run=Path(folder) / "run", budget=1e-9)
         for _ in range(6):  # past the first 44 steps, where weights are copied at every step
             block(model, optimizer, batches, loss_fn, monitor.step)
-        ratios = []
-        for i in range(pairs):
+        differences, alone = [], []
+        for batch in (batches * (1 + pairs))[: pairs * len(batches)]:
             seconds = {}
-            for watched in (False, True) if i % 2 == 0 else (True, False):
+            for watched in order.sample((False, True), 2):
                 kept = []
                 if not watched:
                     tables = hook_tables(model, optimizer)
@@ -117,38 +124,14 @@ def toggled_ratio(name: str, pairs: int) -> float:
                     for table in tables:
                         table.clear()
                 after = monitor.step if watched else None
-                seconds[watched] = block(model, optimizer, batches, loss_fn, after)
+                seconds[watched] = block(model, optimizer, [batch], loss_fn, after)
                 for table, hooks in kept:
                     table.update(hooks)
-            ratios.append(seconds[True] / seconds[False])
+            differences.append(seconds[True] - seconds[False])
+            alone.append(seconds[False])
         monitor.close()
-    return statistics.median(ratios)
-
-
-def watched_ratio(name: str, pairs: int) -> float:
-    """Two equal trainings side by side, one of them watched; a block of each in turn. Then the
-    other is watched: the geometric mean of the two medians. It also sees what the monitor's
-    presence does to the allocator, amid much noise of where the two trainings' tensors lie."""
-    schedule.GRACE = 0.0  # without it the first two seconds of samples would be in here
-    trainings = [PROBLEMS[name](), PROBLEMS[name]()]
-    medians = []
-    for watched in (0, 1):
-        with tempfile.TemporaryDirectory() as folder:
-            model, optimizer, _, loss_fn = trainings[watched]
-            monitor = dyndiag.Monitor(
-                model, optimizer, loss_fn, run=Path(folder) / "run", budget=1e-9
-            )
-            after = [monitor.step if i == watched else None for i in (0, 1)]
-            for _ in range(6):  # past the first 44 steps, where weights are copied at every step
-                block(*trainings[0], after[0]), block(*trainings[1], after[1])
-            ratios = []
-            for i in range(pairs // 2):
-                order = (0, 1) if i % 2 == 0 else (1, 0)
-                seconds = {k: block(*trainings[k], after[k]) for k in order}
-                ratios.append(seconds[watched] / seconds[1 - watched])
-            monitor.close()
-        medians.append(statistics.median(ratios))
-    return statistics.geometric_mean(medians)
+    tenth = len(differences) // 10
+    return 1 + statistics.mean(sorted(differences)[tenth:-tenth]) / statistics.mean(alone)
 
 
 def own_ratio(name: str, pairs: int) -> float:
@@ -171,17 +154,18 @@ def own_ratio(name: str, pairs: int) -> float:
         monitor = dyndiag.Monitor(model, optimizer, loss_fn, run=Path(folder) / "run", budget=1e-9)
         for _ in range(6):
             block(model, optimizer, batches, loss_fn, monitor.step)
-        for table in hook_tables(model, optimizer):
-            table.update({key: timed(hook) for key, hook in table.items() if callable(hook)})
-        own, began = 0.0, time.thread_time()
-        for _ in range(2 * pairs):
-            block(model, optimizer, batches, loss_fn, timed(monitor.step))
-        taken = time.thread_time() - began
+        for table in (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks):
+            table.update({key: timed(hook) for key, hook in table.items()})
+        with mock.patch.object(Hook, "__call__", timed(Hook.__call__)):
+            own, began = 0.0, time.thread_time()
+            for _ in range(2 * pairs):
+                block(model, optimizer, batches, loss_fn, timed(monitor.step))
+            taken = time.thread_time() - began
         monitor.close()
     return taken / (taken - own)
 
 
-MEASURES = {"own": own_ratio, "toggled": toggled_ratio, "two trainings": watched_ratio}
+MEASURES = {"own": own_ratio, "paired": paired_ratio}
 
 
 def always_on(name: str, measure: str, processes: int, pairs: int) -> None:
@@ -251,9 +235,11 @@ def sampled(seconds: float) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--processes", type=int, default=8)
-    parser.add_argument("--pairs", type=int, default=20, help="of blocks, in each process")
+    parser.add_argument(
+        "--pairs", type=int, default=20, help="of passes through eight batches, in each process"
+    )
     parser.add_argument("--only", choices=PROBLEMS, help="one of the two")
-    parser.add_argument("--measure", choices=MEASURES, default="toggled")
+    parser.add_argument("--measure", choices=MEASURES, default="own")
     parser.add_argument("--one", choices=PROBLEMS, help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, default=300)
     arguments = parser.parse_args()
