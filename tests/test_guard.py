@@ -15,8 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dyndiag import guard
-from dyndiag.guard import no_trace
+from dyndiag.guard import no_trace, remember
 from tests.models import mlp
 
 
@@ -214,7 +213,7 @@ def test_one_failure_or_interrupt_keeps_nothing_from_being_put_back(
 ) -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     weight = model[0].weight.detach().clone()
-    put_back, calls = guard._put_back_dict, []
+    put_back, calls = remember._put_back_dict, []
 
     def disturbed(*args: Any) -> None:
         is_module = "training" in args[1]
@@ -225,7 +224,7 @@ def test_one_failure_or_interrupt_keeps_nothing_from_being_put_back(
             os.kill(os.getpid(), signal.SIGINT)
         put_back(*args)
 
-    monkeypatch.setattr(guard, "_put_back_dict", disturbed)
+    monkeypatch.setattr(remember, "_put_back_dict", disturbed)
     with pytest.raises(KeyboardInterrupt if interrupt else RuntimeError):  # noqa: SIM117
         with no_trace(model):
             model.eval()
