@@ -81,9 +81,8 @@ class Writer:
         """Keep rows, events and metadata, all or none.
 
         A value replaces that of the same step and series, an event that of the same name, and
-        metadata, which JSON must be able to hold, that of the same key. For
-        30 values about 10 to 15 µs a row where many are written at once, 35 to 70 µs where each
-        is a write of its own (one stream or six).
+        metadata, which JSON must be able to hold, that of the same key. For 40 values about 30 µs
+        a row where ten are written at once, 100 µs where each is a write of its own.
         """
         scalars, arrays = _parted(rows)
         facts = [(key, to_json(value)) for key, value in (metadata or {}).items()]
