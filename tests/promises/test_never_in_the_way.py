@@ -126,8 +126,8 @@ def test_after_a_switch_every_step_is_evaluated() -> None:
 
 
 def test_nothing_piles_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As many tensors and objects alive after 900 steps as after 600, but for what probes keep from
-    one sample to the next: which samples were taken depends on how quick the steps were."""
+    """As many tensors and objects alive after some 300 steps as before them. Not after all: when a
+    probe takes its first sample, and imports what it needs, depends on how quick the steps are."""
     monkeypatch.setattr("dyndiag.schedule.GRACE", 0.2)
     model = mlp()
     optimizer = torch.optim.Rprop(model.parameters(), lr=1e-3)  # unknown: said at every sample
@@ -151,10 +151,10 @@ def test_nothing_piles_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         with dyndiag.Monitor(
             model, optimizer, cross_entropy, run=tmp_path / "run", tensorboard=False
         ) as monitor:
-            alive(monitor)
-            (tensors, objects), (more_tensors, more_objects) = alive(monitor), alive(monitor)
-    assert more_tensors - tensors < 30  # one in ten steps
-    assert more_objects - objects < 300  # less than one a step
+            counts = [alive(monitor) for _ in range(5)]
+    tensors, objects = ([b - a for a, b in pairwise(of)] for of in zip(*counts, strict=True))
+    assert min(tensors) <= 0
+    assert min(objects) < 300  # less than one a step
 
 
 def next_token(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
