@@ -136,7 +136,8 @@ def paired_ratio(name: str, pairs: int) -> float:
 
 def own_ratio(name: str, pairs: int) -> float:
     """Processor time inside the monitor's hooks and its `step`, over the rest of the training's.
-    It leaves out what that does to caches and allocator, and with it the noise of these."""
+    It leaves out what that does to caches and allocator, and with it the noise of these; and what
+    attention's functions take longer in forwards in which they are watched (`paired` has both)."""
     schedule.GRACE = 0.0
     model, optimizer, batches, loss_fn = PROBLEMS[name]()
     own = 0.0

@@ -143,7 +143,8 @@ class ClipWatch:
 def _norm(grad: Tensor) -> Tensor:
     grad = grad.detach()
     values = torch.view_as_real(grad) if grad.is_complex() else grad
-    return torch.linalg.vector_norm(values, dtype=torch.float64)
+    exact = torch.float32 if grad.device.type == "mps" else torch.float64  # MPS has no float64
+    return torch.linalg.vector_norm(values, dtype=exact)
 
 
 def _loss_scale() -> Tensor | None:
