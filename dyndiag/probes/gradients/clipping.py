@@ -84,7 +84,7 @@ class ClipWatch:
         coefficient = self._common(ratios)
         if self._changes % _LOOK_AGAIN == 0:
             self._watch(len(self._watched))
-        elif self._shrank_alike >= _FIRST and self._comparable and self._all:
+        elif self._shrank_alike >= _FIRST and self._comparable and len(self._handles) > 1:
             self._watch(1)
         return True, coefficient
 
