@@ -42,7 +42,8 @@ from dyndiag.state import Measurements, Task, TrainState, Value
 from dyndiag.values import Event
 
 _FLUSH_SECONDS = 1.0
-_LOOK_AGAIN = 33  # steps; looking at every parameter takes a while
+_LOOK_AGAIN = 11  # steps
+_SEARCH_AGAIN = 3 * _LOOK_AGAIN  # for new parameters: walking through the modules takes a while
 _LONG_SKIPPED = 50  # steps; a loss scaler finds its scale within some twenty
 
 
@@ -223,6 +224,7 @@ class Monitor:
 
     def _begin_watching(self) -> None:
         self._names, self._parameters = trainable(self._model)
+        self._known = [(p, p.requires_grad) for p in self._model.parameters()]
         self._watch = StepWatch(
             self._model,
             self._optimizer,
@@ -234,7 +236,10 @@ class Monitor:
         )
         self._watch.step = self._next
 
-    def _follow_freezing(self) -> None:
+    def _follow_freezing(self, step: int) -> None:
+        as_before = all(p.requires_grad == required for p, required in self._known)
+        if as_before and step % _SEARCH_AGAIN:
+            return
         _, now_trainable = trainable(self._model)
         if [id(p) for p in now_trainable] != [id(p) for p in self._parameters]:
             self._watch.detach()
@@ -286,7 +291,7 @@ class Monitor:
                 self._rows.add(step, {f"failures/{name}": 1.0 for name in failed})
         self._watch.step = self._next
         if step % _LOOK_AGAIN == 0:
-            self._follow_freezing()
+            self._follow_freezing(step)
         if time.perf_counter() - self._flushed > _FLUSH_SECONDS:
             self.flush()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import statistics
 import warnings
 from collections.abc import Callable
 from itertools import pairwise
@@ -126,7 +127,7 @@ def test_after_a_switch_every_step_is_evaluated() -> None:
 
 
 def test_nothing_piles_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As many tensors and objects alive after some 300 steps as before them. Not after all: when a
+    """As many tensors and objects alive after most 300 steps as before them. Not after all: when a
     probe takes its first sample, and imports what it needs, depends on how quick the steps are."""
     monkeypatch.setattr("dyndiag.schedule.GRACE", 0.2)
     model = mlp()
@@ -153,8 +154,8 @@ def test_nothing_piles_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         ) as monitor:
             counts = [alive(monitor) for _ in range(5)]
     tensors, objects = ([b - a for a, b in pairwise(of)] for of in zip(*counts, strict=True))
-    assert min(tensors) <= 0
-    assert min(objects) < 300  # less than one a step
+    assert statistics.median_high(tensors) <= 0
+    assert statistics.median_high(objects) < 300  # less than one a step
 
 
 def next_token(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
@@ -181,7 +182,7 @@ def watch_a_training(device: str, forbid_waiting: Callable[[int], None]) -> None
         state = TrainState(
             step, model, optimizer, parameters, names, weights_before=taken.weights_before
         )
-        seen = taken.seen | watch.update_ratio(state)
+        seen = taken.seen | (watch.update_ratio(state) if taken.weights_before else {})
         assert {"gradients/norm", "logits/max"} <= set(flat(seen))
         assert not any(value.device.type == "cpu" for value in tensors(seen))
         watch.step = step + 1

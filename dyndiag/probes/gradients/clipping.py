@@ -25,7 +25,8 @@ class ClipWatch:
     moves on in version, and shrinks.
 
     A loop that shrank all of them alike in 16 steps clips by norm, and one is watched from there;
-    where it begins to clip otherwise that is noticed within 101 clipped steps.
+    where it begins to clip otherwise that is noticed within 101 clipped steps, and until then the
+    coefficient is wrong.
 
     Cost, while it is not yet known how the loop clips: a hook and a norm for each of four small
     parameters; later for one, and where nothing clips mostly for none. No host sync but at some
