@@ -126,6 +126,16 @@ def test_spike_that_stayed(tmp_path: Path) -> None:
     assert "had not come back when the run ended" in verdict(c)
 
 
+def test_spike_after_which_the_loss_stands_a_little_higher(tmp_path: Path) -> None:
+    rows = made.spiked()
+    for step, values in rows:
+        values["train/loss"] += 0.15 * (step >= 404)  # within what ends a spike
+    c = read(made.write(tmp_path / "run", rows))
+    one = findings(c).told[0]
+    assert one.urgency == "act" and one.title.endswith("and stayed above its old level")
+    assert "and stayed above its old level" in verdict(c)
+
+
 def test_spike_with_a_precursor(tmp_path: Path) -> None:
     c = read(made.write(tmp_path / "run", made.spiked(logits=True)))
     assert "attention logits in blocks.1 had peaked near 7,000 just before" in verdict(c)

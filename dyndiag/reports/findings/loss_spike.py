@@ -71,7 +71,7 @@ def loss_spike(told: Told, c: Contents) -> Finding:
     if event.end is None:
         after = "has not come back" if c.alive else "had not come back when the run ended"
     elif stayed:
-        after = "stayed high"
+        after = "stayed above its old level"
     else:
         after = f"was back {_after(end - start)}"
     return Finding(
