@@ -119,6 +119,17 @@ def test_spike_that_came_back(tmp_path: Path) -> None:
     assert findings(c).told[0].urgency == "look"
 
 
+@pytest.mark.parametrize(
+    ("last", "said"), [(1.19, "the edge ratio was 1.19 just before"), (0.97, "nothing measured")]
+)
+def test_spike_at_an_open_edge(tmp_path: Path, last: float, said: str) -> None:
+    rows = made.spiked()
+    for step, values in rows[::21]:
+        values |= made.sample("stability/edge_ratio", 1.01 if step < 390 else last)
+    c = read(made.write(tmp_path / "run", rows))
+    assert said in verdict(c)
+
+
 def test_spike_that_stayed(tmp_path: Path) -> None:
     c = read(made.write(tmp_path / "run", made.spiked(back=False)))
     one = findings(c).told[0]

@@ -127,6 +127,9 @@ def _sentence(c: Contents, event: Event, jumped: str, after: str, cause: str) ->
     if cause == "task switch":
         return f"{said}; a new task had just begun."
     if not cause and _watched(c):
+        ratio = _edge_ratio(c, event)
+        if ratio is not None and ratio > 1:  # too little for a cause, too much to be called nothing
+            return f"{said}; the edge ratio was {words.number(ratio, 3)} just before."
         points = "" if same_batch(c) else ", which points to the data"
         return f"{said}; nothing measured had moved before{points}."
     return f"{said}."
@@ -235,10 +238,16 @@ def _what(c: Contents, event: Event, cause: str) -> str:
             parts.append("A jump at full height within a step or two points to the data.")
     else:
         parts.append("Only the loss was measured, so the report cannot say what moved first.")
-    ratio = judged(c, "stability/edge_ratio", event.start - BEFORE, event.start)
-    if len(ratio):
-        parts.append(f"The edge ratio was {words.number(float(ratio[-1]), 2)} just before.")
+    ratio = _edge_ratio(c, event)
+    if ratio is not None:
+        parts.append(f"The edge ratio was {words.number(ratio, 3)} just before.")
     return " ".join(parts)
+
+
+def _edge_ratio(c: Contents, event: Event) -> float | None:
+    """The last that was judged in the 50 steps before."""
+    ratio = judged(c, "stability/edge_ratio", event.start - BEFORE, event.start - 1)
+    return float(ratio[-1]) if len(ratio) else None
 
 
 def _people(c: Contents, event: Event, stayed: bool, cause: str) -> tuple[str, ...]:
