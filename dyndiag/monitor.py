@@ -274,7 +274,7 @@ class Monitor:
                 "now, close this monitor and make one with it and the same run=",
             )
         with self._boundary("Monitor"):
-            seen = taken.seen | _rates(taken.learning_rates)
+            seen = taken.seen | taken.rate_series
             seen |= self._loss(taken.loss if loss is None else loss)
             self._rows.add(step, seen)
             if self._recorded:
@@ -358,15 +358,6 @@ def _close(alive: weakref.ref[Monitor]) -> None:
     monitor = alive()
     if monitor is not None:
         monitor.close()
-
-
-def _rates(rates: tuple[float, ...]) -> Measurements:
-    if len(rates) == 1:
-        return {"train/learning_rate": rates[0]} if rates[0] == rates[0] else {}  # NaN: none
-    found: Measurements = {"train/learning_rate": rates[0]} if rates else {}
-    if len(set(rates)) > 1:
-        found |= {f"train/learning_rate/{i}": rate for i, rate in enumerate(rates)}
-    return {name: rate for name, rate in found.items() if rate == rate}
 
 
 def _no_curvature(loss_fn: LossFunction | None) -> str:

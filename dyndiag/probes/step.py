@@ -33,6 +33,17 @@ class Step:
     clip_coefficients: tuple[Tensor, ...] = ()
     seen: Measurements = field(default_factory=dict)
 
+    @property
+    def rate_series(self) -> Measurements:
+        """`train/learning_rate`, the first group's, and one a group where they differ."""
+        rates = self.learning_rates
+        if len(rates) == 1:
+            return {"train/learning_rate": rates[0]} if rates[0] == rates[0] else {}  # NaN: none
+        found: Measurements = {"train/learning_rate": rates[0]} if rates else {}
+        if len(set(rates)) > 1:
+            found |= {f"train/learning_rate/{i}": rate for i, rate in enumerate(rates)}
+        return {name: rate for name, rate in found.items() if rate == rate}
+
 
 def learning_rates(optimizer: Optimizer) -> tuple[float, ...]:
     """Of each parameter group as it is now; NaN for one without."""
