@@ -14,6 +14,7 @@ import numpy as np
 import problems
 import torch
 from numpy.random import Generator
+from peers import FAST
 from problems import Floats, Spectrum
 from torch import Tensor
 
@@ -80,6 +81,7 @@ def solve(
     return curvature.eigenpairs(
         operator,
         k,
+        relative_tolerance=FAST if fast else 1e-3,
         start=torch.ones(operator.size, dtype=torch.float64) if gradient else None,
         certificate_width=math.inf if fast else None,
         risk=1e-3 * math.sqrt(operator.size / spectrum.size),

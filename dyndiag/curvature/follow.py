@@ -23,7 +23,8 @@ _CLOSE = 0.85
 _FEWEST_TURNED, _MOST = 8, 14
 """Products of a provisional sample: at least where its vector turns; at most."""
 _TURNED, _OVERLAP = 0.9, 0.5
-_GAP_BOUND, _TURNED_RESIDUAL = 5e-4, 4e-3
+_CROWDED, _FALL = 0.8, 0.9
+_GAP_BOUND, _TIGHT = 5e-4, 4e-3
 CERTIFIED_EVERY = 10
 _RISE = 1.2
 WIDTH, RISK = 0.01, 1e-3
@@ -68,8 +69,11 @@ class Follower:
     Residuals follow, at least three products in all, until the residual r is at most
     `relative_tolerance` · |value| and, with the gap to the second value (the smaller of now and
     then), min(r, r²/gap) at most 5e-4 of it. That gap is no bound, so the error stated is r. Where
-    the vector has less than 0.9 of its length along the last one, or had in the sample before, it
-    takes at least eight products and 4e-3.
+    eigenvalues may cross, which makes a mixture of two vectors look like one, r is at most 4e-3:
+    where the second value was at least 0.8 of the first at the last certificate, or the value has
+    fallen by more than a tenth since the last sample, or the vector has less than 0.9 of its
+    length along the last one. In that case, and if it had in the sample before, it takes at least
+    eight products.
 
     A sample is certified if it is the first, the tenth since the last certified one, risen by a
     fifth above it, the caller's wish, or if its vector has less than half of its length along the
@@ -88,9 +92,9 @@ class Follower:
         self._kept: Tensor | None = None
         self._second = -math.inf
         """The second Ritz value over the first, at the last sample."""
-        self._turned = False
+        self._turned = self._crowded = False
         self._since = 0
-        self._certified = math.nan
+        self._value = self._certified = math.nan
 
     def largest(
         self, operator: Operator, *, certify: bool | Callable[[float], bool] = False
@@ -119,7 +123,7 @@ class Follower:
         ):
             return self._certify(operator, subspace, None, len(subspace))
         self._keep(vectors, subspace.values)
-        self._turned = along < _TURNED
+        self._turned, self._value = along < _TURNED, value
         self._since += 1
         return Followed(
             value=value,
@@ -163,7 +167,8 @@ class Follower:
         value, rounding = float(subspace.values[0]), subspace.rounding
         second = max(float(subspace.values[1]), min(self._second * value, value))
         likely = min(norm, norm**2 / (value - second)) if second < value else norm
-        tolerance = min(self._tolerance, _TURNED_RESIDUAL) if turned else self._tolerance
+        crossing = turned or self._crowded or value < _FALL * self._value
+        tolerance = min(self._tolerance, _TIGHT) if crossing else self._tolerance
         return norm + rounding <= max(tolerance * abs(value), 2 * rounding) and (
             likely + rounding <= max(_GAP_BOUND * abs(value), 2 * rounding)
         )
@@ -209,7 +214,9 @@ class Follower:
         vectors, error = both.combined(mixing[:, :_KEPT]), float(residuals[0] + both.rounding)
         if run.finite:
             self._keep(vectors, values)
-            self._turned, self._since, self._certified = False, 0, float(values[0])
+            self._turned, self._crowded = False, self._second >= _CROWDED
+            self._since, self._value = 0, float(values[0])
+            self._certified = self._value
         return Followed(
             value=float(values[0]),
             vector=vectors[0].clone(),

