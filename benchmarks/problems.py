@@ -252,13 +252,14 @@ def classified(name: str, model: nn.Module, count: int, steps: int) -> Problem:
     return problem
 
 
-def written(name: str, model: GPT, rate: float, steps: int, count: int) -> Problem:
-    """Next-character loss by AdamW; curvature on `count` of the excerpts trained on."""
+def written(name: str, model: GPT, scale: float, rate: float, steps: int, count: int) -> Problem:
+    """Next-character loss by AdamW, from weights of standard deviation `scale`; curvature on
+    `count` of the excerpts trained on."""
     vocabulary, length = model.tokens.num_embeddings, model.places.num_embeddings
     inputs, targets = text(vocabulary, length, 512)
     for p in model.parameters():
         if p.dim() > 1:
-            nn.init.normal_(p, 0, 0.02 if vocabulary > 100 else 0.1)
+            nn.init.normal_(p, 0, scale)
     problem = Problem(name, model, inputs[:count], targets[: count * length])
     adam = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01)
     optimise(problem, adam, (inputs, targets), steps)
@@ -279,18 +280,19 @@ def saddle() -> Problem:
 SMALL: dict[str, Callable[[], Problem]] = {
     "mlp_ce": lambda: classified("mlp_ce", mlp(64, 16, 16, 10), 256, 300),
     "mlp_mse, edge": lambda: at_the_edge("mlp_mse, edge", (64, 16, 16, 10), 500, 2.0, 1200),
-    "gpt": lambda: written("gpt", GPT(32, 16, 12, 2, 1), 3e-3, 10, 16),
+    "gpt": lambda: written("gpt", GPT(32, 16, 12, 2, 1), 0.1, 3e-3, 10, 16),
     "conv": lambda: classified("conv", convolutions(8, 8), 128, 200),
     "saddle": saddle,
 }
+# Scales, rates and steps are those of some hundred at which gap and what an oracle needs were
+# nearest to published measurements of such problems.
 LARGE: dict[str, Callable[[], Problem]] = {
     "mlp_mse 55k, edge": lambda: at_the_edge(
         "mlp_mse 55k, edge", (64, 200, 200, 10), 1000, 0.7, 200
     ),
-    "mlp_ce 55k": lambda: classified("mlp_ce 55k", mlp(64, 200, 200, 10), 512, 200),
-    # In its warm-up, when the top of its spectrum is a cluster; after 30 steps its gap is 50 %.
-    "gpt 0.5M": lambda: written("gpt 0.5M", GPT(128, 64, 100, 4, 4), 1e-3, 3, 8),
-    "conv 59k": lambda: classified("conv 59k", convolutions(32, 64, 64), 128, 200),
+    "mlp_ce 55k": lambda: classified("mlp_ce 55k", mlp(64, 200, 200, 10), 512, 1100),
+    "gpt 0.5M": lambda: written("gpt 0.5M", GPT(128, 64, 100, 4, 4), 0.05, 3e-4, 2, 8),
+    "conv 59k": lambda: classified("conv 59k", convolutions(32, 64, 64), 128, 20),
 }
 FIVE_THOUSAND = "mlp 5k"
 """5,018 parameters: for trace and density against the whole spectrum."""
@@ -305,22 +307,22 @@ OTHER_LENGTHS: dict[str, Callable[[], Problem]] = {
         f"mlp_ce 55k, {steps} steps": lambda steps=steps: classified(
             "mlp_ce 55k", mlp(64, 200, 200, 10), 512, steps
         )
-        for steps in (25, 1000)
+        for steps in (25, 200, 1000)
     },
     **{
         f"gpt 0.5M, {steps} steps": lambda steps=steps: written(
-            "gpt 0.5M", GPT(128, 64, 100, 4, 4), 1e-3, steps, 8
+            "gpt 0.5M", GPT(128, 64, 100, 4, 4), 0.02, 1e-3, steps, 8
         )
-        for steps in (2, 10, 30, 100)
+        for steps in (2, 3, 10, 30, 100)
     },
     **{
         f"conv 59k, {steps} steps": lambda steps=steps: classified(
             "conv 59k", convolutions(32, 64, 64), 128, steps
         )
-        for steps in (25, 500)
+        for steps in (25, 200, 500)
     },
 }
-"""The large ones, trained for shorter and longer."""
+"""The large ones after other lengths; the GPTs from smaller weights, in longer steps."""
 MAKERS = {
     **SMALL,
     **LARGE,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,6 +106,20 @@ PROBLEMS: dict[str, Callable[[], Problem]] = {
         _drawn(Recurrent().double(), 4), cross_entropy, _data(6, 4, 2, classes=3)
     ),
 }
+
+
+def differentiated_twice(loss: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    """The Hessian (P, P), all rows in one batched backward pass."""
+    gradient = torch.autograd.grad(loss, parameters, create_graph=True)
+    flat = torch.cat([part.flatten() for part in gradient])
+    rows = torch.autograd.grad(
+        flat,
+        parameters,
+        torch.eye(len(flat), dtype=flat.dtype),
+        is_grads_batched=True,
+        materialize_grads=True,
+    )
+    return torch.cat([row.flatten(1) for row in rows], dim=1)
 
 
 def dense_hessian(problem: Problem, step: float = 1e-4) -> Tensor:

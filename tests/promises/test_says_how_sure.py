@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import dyndiag
+from tests.oracles.networks import differentiated_twice
 
 STEPS = 600
 
@@ -22,19 +23,10 @@ def squared_error(model: nn.Module, batch: Any) -> Tensor:
 
 
 def dense_hessian(model: nn.Module, batch: Any) -> Tensor:
-    """The exact Hessian in float64, row by row."""
+    """The exact Hessian in float64."""
     model = copy.deepcopy(model).double()
-    parameters = list(model.parameters())
     loss = squared_error(model, tuple(t.double() for t in batch))
-    gradient = torch.autograd.grad(loss, parameters, create_graph=True)
-    rows = []
-    for element in torch.cat([g.flatten() for g in gradient]):
-        row = torch.autograd.grad(element, parameters, retain_graph=True, allow_unused=True)
-        zeros = (
-            torch.zeros_like(p) if r is None else r for p, r in zip(parameters, row, strict=True)
-        )
-        rows.append(torch.cat([r.flatten() for r in zeros]))
-    return torch.stack(rows)
+    return differentiated_twice(loss, list(model.parameters()))
 
 
 def problem() -> tuple[nn.Module, Any]:
