@@ -285,7 +285,7 @@ SMALL: dict[str, Callable[[], Problem]] = {
     "saddle": saddle,
 }
 # Scales, rates and steps are those of some hundred at which gap and what an oracle needs were
-# nearest to published measurements of such problems.
+# nearest to earlier measurements of such problems.
 LARGE: dict[str, Callable[[], Problem]] = {
     "mlp_mse 55k, edge": lambda: at_the_edge(
         "mlp_mse 55k, edge", (64, 200, 200, 10), 1000, 0.7, 200
