@@ -11,7 +11,7 @@ problems.py. Tools take
 turns within a round, and every time is given as a ratio to a gradient (one forward and backward
 pass) of the same problem in the same round: median over rounds, and lowest to highest. Times are
 processor time, which with one thread is wall time less what other processes took in between.
-About a quarter of an hour, of which a third is for training and truths, which stay in --cache.
+Some 40 minutes, and eight for training and truths the first time, which stay in --cache.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ _CLOSE = 0.85
 _FEWEST_TURNED, _MOST = 8, 14
 """Products of a provisional sample: at least where its vector turns; at most."""
 _TURNED, _OVERLAP = 0.9, 0.5
-_CROWDED, _FALL = 0.8, 0.9
+_CROWDED, _FALL = 0.8, 0.1
 _GAP_BOUND, _TIGHT = 5e-4, 4e-3
 CERTIFIED_EVERY = 10
 _RISE = 1.2
@@ -167,7 +167,8 @@ class Follower:
         value, rounding = float(subspace.values[0]), subspace.rounding
         second = max(float(subspace.values[1]), min(self._second * value, value))
         likely = min(norm, norm**2 / (value - second)) if second < value else norm
-        crossing = turned or self._crowded or value < _FALL * self._value
+        fallen = self._value - value > _FALL * abs(self._value)
+        crossing = turned or self._crowded or fallen
         tolerance = min(self._tolerance, _TIGHT) if crossing else self._tolerance
         return norm + rounding <= max(tolerance * abs(value), 2 * rounding) and (
             likely + rounding <= max(_GAP_BOUND * abs(value), 2 * rounding)

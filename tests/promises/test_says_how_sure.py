@@ -77,17 +77,16 @@ def test_recorded_sharpness_is_the_exact_one(
     for step in compared:
         spectrum, chi = exact[step]
         top = spectrum[-1].item()
-        # Never above the exact value, but for float32; and an eigenvalue within the stated error.
-        nearest = (spectrum - sharpness[step]).abs().min().item()
-        assert sharpness[step] <= top * (1 + 1e-4), step
-        assert nearest <= run["curvature/sharpness.error"][step] + 1e-4 * top
+        error = run["curvature/sharpness.error"][step] + 1e-4 * top
         same_edge = ratio[step] == pytest.approx(chi, rel=1e-2)
-        if provisional[step]:  # where two eigenvalues cross it may be a mixture of both
+        assert sharpness[step] <= top * (1 + 1e-4), step  # never above it, but for float32
+        if provisional[step]:  # some eigenvalue's; where two cross, it may be a mixture of both
+            assert (spectrum - sharpness[step]).abs().min().item() <= error
             close.append((1 - 1e-3) * top <= sharpness[step] and same_edge)
         else:
-            assert (1 - 0.01) * top <= sharpness[step] and same_edge, step
+            assert top - sharpness[step] <= min(error, 0.01 * top) and same_edge, step
             assert bound[step] >= top * (1 - 1e-4)
-    assert sum(close) >= 0.9 * len(close)
+    assert close.count(False) <= 1  # 1 in 4,000 is not, some 20 are compared
 
 
 def edge_ratio(hessian: Tensor, optimizer: torch.optim.Optimizer, eta: float) -> float:
